@@ -1,0 +1,95 @@
+"""The admin port: metrics, the fleet as a page and as JSON, Prometheus' targets. Never on the front port."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.resources import files
+from urllib.parse import urlsplit
+
+import msgspec
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from router.core.fleet import Fleet, Standing, State
+from router.errors import ApiError, MethodNotAllowed, UnknownRoute
+from router.http.server import Reply, Request
+from router.metrics import Metrics
+from router.openai_api import error_body
+
+JSON = (b"content-type", b"application/json")
+
+
+class Admin:
+    """Answers requests on the admin port."""
+
+    def __init__(self, fleet: Fleet, metrics: Metrics, policy: str, promised: tuple[str, ...]) -> None:
+        self._fleet = fleet
+        self._metrics = metrics
+        self._policy = policy
+        self._promised = promised
+        self._page = files("router").joinpath("fleet.html").read_bytes()
+        self._routes: dict[str, Callable[[Request, Reply], None]] = {
+            "/metrics": self._prometheus,
+            "/fleet": self._state,
+            "/targets": self._targets,
+            "/health": self._alive,
+        }
+
+    async def __call__(self, request: Request, reply: Reply) -> None:
+        """Answers one request."""
+        try:
+            if request.path not in self._routes:
+                raise UnknownRoute(f"The admin port serves {', '.join(self._routes)}")
+            if request.method not in ("GET", "HEAD"):
+                raise MethodNotAllowed(f"{request.path} takes GET")
+            self._routes[request.path](request, reply)
+        except ApiError as error:
+            reply.send(error.status, [JSON], error_body(error))
+
+    def _alive(self, request: Request, reply: Reply) -> None:
+        reply.send(200, [JSON], b'{"status":"ok"}')
+
+    def _prometheus(self, request: Request, reply: Reply) -> None:
+        self._metrics.count_replicas(self._fleet)
+        body = generate_latest(self._metrics.registry)
+        reply.send(200, [(b"content-type", CONTENT_TYPE_LATEST.encode())], body)
+
+    def _state(self, request: Request, reply: Reply) -> None:
+        """A browser gets the page, which asks for the JSON."""
+        if b"text/html" in (request.header(b"accept") or b""):
+            reply.send(200, [(b"content-type", b"text/html; charset=utf-8")], self._page)
+            return
+        body = msgspec.json.encode(
+            {
+                "policy": self._policy,
+                "models": [self._model(name) for name in sorted({*self._promised, *self._fleet.models()})],
+                "replicas": [_described(standing) for standing in self._fleet],
+            }
+        )
+        reply.send(200, [JSON], body)
+
+    def _targets(self, request: Request, reply: Reply) -> None:
+        """Every engine, for Prometheus' `http_sd_configs`: replicas come and go, its file stays as it is."""
+        reply.send(200, [JSON], msgspec.json.encode([_target(standing) for standing in self._fleet]))
+
+    def _model(self, name: str) -> dict[str, object]:
+        replicas = [s for s in self._fleet if name in s.replica.models]
+        ready = sum(s.state is State.READY for s in replicas)
+        return {"name": name, "replicas": len(replicas), "ready": ready}
+
+
+def _described(standing: Standing) -> dict[str, object]:
+    return {
+        **asdict(standing.replica),
+        "state": standing.state,
+        "in_flight": standing.in_flight,
+        "awaiting_first_token": standing.awaiting_first_token,
+        "finished": standing.finished,
+        "failures": standing.failures,
+    }
+
+
+def _target(standing: Standing) -> dict[str, object]:
+    replica = standing.replica
+    labels = {"replica": replica.id, "model": ",".join(replica.models), "engine": replica.engine}
+    return {"targets": [urlsplit(replica.url).netloc], "labels": labels}

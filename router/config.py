@@ -1,0 +1,109 @@
+"""A fleet as its operator writes it: the `args:` of a Ray Serve application.
+
+Settings are defined beside the code that reads them and composed here; unknown keys are refused, and an
+error names the key. `load` reads a whole Serve config file, the one that `serve deploy` takes too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from router.core.placement import POLICIES
+from router.errors import ConfigError
+from router.http.server import Limits
+from workers.engine import EngineSpec
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+class RouterConfig(BaseModel):
+    """The front door: where it listens and how it chooses. Port 0 takes any free one."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    host: str = "0.0.0.0"
+    port: Port = 8000
+    admin_host: str = "127.0.0.1"
+    admin_port: Port = 8001
+    policy: str = "least_requests"
+    limits: Limits = Limits()
+
+    @field_validator("policy")
+    @classmethod
+    def _known_policy(cls, name: str) -> str:
+        if name not in POLICIES:
+            raise ValueError(f"{name!r} is not a policy; known are {', '.join(POLICIES)}")
+        return name
+
+
+class ModelConfig(EngineSpec):
+    """One model and how many replicas of it run."""
+
+    replicas: Annotated[int, Field(ge=1)] = 1
+    resources: dict[str, float] = {}
+
+
+class FleetConfig(BaseModel):
+    """All models of a fleet and the router in front of them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    models: Annotated[list[ModelConfig], Field(min_length=1)]
+    router: RouterConfig = RouterConfig()
+
+    @model_validator(mode="after")
+    def _unique_names(self) -> FleetConfig:
+        names = [model.name for model in self.models]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"models: the name {name!r} is given twice")
+        return self
+
+
+def parse(args: Mapping[str, Any]) -> FleetConfig:
+    """The `args:` of the application; raises ConfigError that names the key."""
+    if not isinstance(args, Mapping):
+        raise ConfigError("args: a mapping with `models` and `router` is expected")
+    try:
+        return FleetConfig.model_validate(dict(args))
+    except ValidationError as error:
+        raise ConfigError(_sentence(error)) from None
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A Serve config file with one Herd application, checked; its content as `serve deploy` sends it."""
+    try:
+        document = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {error}") from None
+    try:
+        application = application_of(document)
+        parse(application.get("args") or {})
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    return dict(document)
+
+
+def application_of(document: Any) -> dict[str, Any]:
+    """The one application of a Serve config."""
+    applications = document.get("applications") if isinstance(document, dict) else None
+    if not isinstance(applications, list) or len(applications) != 1 or not isinstance(applications[0], dict):
+        raise ConfigError("applications: exactly one application is expected (a Ray Serve config file)")
+    return applications[0]
+
+
+def _sentence(error: ValidationError) -> str:
+    return "; ".join(_one(e["loc"], e["msg"]) for e in error.errors())
+
+
+def _one(loc: tuple[int | str, ...], message: str) -> str:
+    message = message.removeprefix("Value error, ")
+    where = ".".join(str(part) for part in loc)
+    return f"{where}: {message}" if where else message

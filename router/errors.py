@@ -1,0 +1,135 @@
+"""Everything that can go wrong in the router, as one tree; `router.relay` translates it to HTTP at one edge.
+
+HerdError
+  ConfigError              a setting is wrong; names the key
+  ListenError              a port cannot be had
+  EngineUnreachable        a worker URL gives no answer, or not that of a vLLM server
+  UpstreamError            the exchange with a replica failed
+    ConnectFailed          nothing was sent
+    ReplyCut               the replica closed before its reply was whole
+  ApiError                 what a client is told, with status, type and code
+    BadRequest             400
+    UnknownModel           404
+    UnknownRoute           404
+    MethodNotAllowed       405
+    ClientTimeout          408
+    TooLarge               413
+    HeadTooLarge           431
+    UpstreamBroken         502
+    NoCapacity             503
+"""
+
+from __future__ import annotations
+
+
+class HerdError(Exception):
+    """Base of every error that Herd raises on purpose."""
+
+
+class ConfigError(HerdError):
+    """A setting is wrong. The message names the key."""
+
+
+class ListenError(HerdError):
+    """The port cannot be listened on; the message says who has it."""
+
+
+class EngineUnreachable(HerdError):
+    """A worker URL does not answer as a vLLM server does."""
+
+
+class UpstreamError(HerdError):
+    """The exchange with a replica failed."""
+
+
+class ConnectFailed(UpstreamError):
+    """No connection to the replica, or none that took the request: nothing was done there."""
+
+
+class ReplyCut(UpstreamError):
+    """The replica closed the connection before its reply was whole."""
+
+
+class ApiError(HerdError):
+    """An error as the client is told it: an HTTP status and an OpenAI error body."""
+
+    status = 500
+    type = "internal_error"
+    code: str | None = None
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after: int | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.retry_after = retry_after
+
+
+class BadRequest(ApiError):
+    """The request cannot be read."""
+
+    status = 400
+    type = "invalid_request_error"
+
+
+class UnknownModel(ApiError):
+    """No replica serves this model."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "model_not_found"
+
+
+class UnknownRoute(ApiError):
+    """Nothing is served at this path."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "unknown_url"
+
+
+class MethodNotAllowed(ApiError):
+    """The path exists, the method does not."""
+
+    status = 405
+    type = "invalid_request_error"
+    code = "method_not_allowed"
+
+
+class ClientTimeout(ApiError):
+    """The client took too long to send its request."""
+
+    status = 408
+    type = "invalid_request_error"
+    code = "request_timeout"
+
+
+class TooLarge(ApiError):
+    """The body is over the limit."""
+
+    status = 413
+    type = "invalid_request_error"
+    code = "request_too_large"
+
+
+class HeadTooLarge(ApiError):
+    """The request line and headers are over the limit."""
+
+    status = 431
+    type = "invalid_request_error"
+    code = "headers_too_large"
+
+
+class UpstreamBroken(ApiError):
+    """Replicas took the request and broke before they answered."""
+
+    status = 502
+    type = "server_error"
+    code = "upstream_error"
+
+
+class NoCapacity(ApiError):
+    """No replica can take the request now."""
+
+    status = 503
+    type = "server_error"
+    code = "no_capacity"

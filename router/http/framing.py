@@ -1,0 +1,126 @@
+"""How the body of a reply is delimited (RFC 9112, section 6.3). Pure: bytes in, payload bytes out.
+
+httptools reads the head of a reply; for a stream of small chunks its callbacks cost more than all that the
+relay does with them, so the body is read here.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+# A chunk-size line longer than this is not one: 16 hex digits and a few extensions fit easily.
+MAX_SIZE_LINE = 256
+
+
+class FramingError(ValueError):
+    """The body does not follow its transfer coding."""
+
+
+class Framing(Protocol):
+    """Reads one body. `done` turns true with its last byte; bytes after that are in `rest`."""
+
+    done: bool
+    rest: bytes
+
+    def feed(self, data: bytes) -> bytes:
+        """The payload in these bytes; raises FramingError."""
+
+    def eof(self) -> bool:
+        """The peer closed: True if the body was whole all the same."""
+
+
+class Sized:
+    """A body of `content-length` bytes."""
+
+    def __init__(self, length: int) -> None:
+        self._missing = length
+        self.done = length == 0
+        self.rest = b""
+
+    def feed(self, data: bytes) -> bytes:
+        if len(data) > self._missing:
+            data, self.rest = data[: self._missing], data[self._missing :]
+        self._missing -= len(data)
+        self.done = self._missing == 0
+        return data
+
+    def eof(self) -> bool:
+        return self.done
+
+
+class UntilClose:
+    """A body that ends where the connection does; whether it was cut cannot be told."""
+
+    def __init__(self) -> None:
+        self.done = False
+        self.rest = b""
+
+    def feed(self, data: bytes) -> bytes:
+        return data
+
+    def eof(self) -> bool:
+        self.done = True
+        return True
+
+
+class Chunked:
+    """A body in chunks. Trailers are read and dropped."""
+
+    def __init__(self) -> None:
+        self.done = False
+        self.rest = b""
+        self._held = b""  # an unfinished size line, or the line break after a chunk
+        self._missing = 0  # bytes of the current chunk still to come, with its line break
+        self._in_trailer = False
+
+    def feed(self, data: bytes) -> bytes:
+        if self._held:
+            data, self._held = self._held + data, b""
+        payload: list[bytes] = []
+        at = 0
+        while at < len(data) and not self.done:
+            if self._missing:
+                at = self._take(data, at, payload)
+            else:
+                at = self._line(data, at)
+        if self.done:
+            self.rest = data[at:]
+        return payload[0] if len(payload) == 1 else b"".join(payload)
+
+    def eof(self) -> bool:
+        return self.done
+
+    def _take(self, data: bytes, at: int, payload: list[bytes]) -> int:
+        """Up to the rest of the current chunk; its closing line break is counted in `_missing`."""
+        room = self._missing - 2  # payload still to come; negative within the line break
+        part = data[at : at + self._missing]
+        content = part[: max(room, 0)]
+        line_break = part[len(content) :]
+        if line_break != b"\r\n"[max(-room, 0) :][: len(line_break)]:
+            raise FramingError("a chunk is longer than its size")
+        if content:
+            payload.append(content)
+        self._missing -= len(part)
+        return at + len(part)
+
+    def _line(self, data: bytes, at: int) -> int:
+        end = data.find(b"\r\n", at)
+        if end < 0:
+            self._held = data[at:]
+            if len(self._held) > MAX_SIZE_LINE:
+                raise FramingError("a chunk-size line has no end")
+            return len(data)
+        line = data[at:end]
+        if self._in_trailer:
+            self.done = not line
+        else:
+            self._open(line)
+        return end + 2
+
+    def _open(self, line: bytes) -> None:
+        digits = line.partition(b";")[0].strip()
+        if not digits or digits.strip(b"0123456789abcdefABCDEF"):
+            raise FramingError("a chunk size is not a hexadecimal number")
+        size = int(digits, 16)
+        self._in_trailer = size == 0
+        self._missing = size + 2 if size else 0

@@ -1,0 +1,417 @@
+"""Client connections: HTTP/1.1 requests in, replies out, on raw asyncio Protocols.
+
+A request is handled as one coroutine; a reply's chunks are written by callbacks, so a streamed chunk costs
+no task switch. Requests on one connection are answered in order. When the client leaves, the coroutine is
+cancelled: that is how a disconnect reaches the engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Annotated, Protocol, cast
+
+import httptools
+from pydantic import BaseModel, ConfigDict, Field
+
+from router.errors import ApiError, BadRequest, ClientTimeout, HeadTooLarge, ListenError, TooLarge
+
+log = logging.getLogger(__name__)
+
+Headers = list[tuple[bytes, bytes]]
+Handler = Callable[["Request", "Reply"], Awaitable[None]]
+# Writes the body of an error that the HTTP layer itself found: (error) -> JSON bytes.
+ErrorBody = Callable[[ApiError], bytes]
+
+BACKLOG = 4096  # connections the kernel holds while a burst is accepted
+# Requests read ahead on one connection before reading from it stops.
+MAX_PIPELINED = 8
+# What is kept unsent for a slow client before its engine is no longer read from.
+HIGH_WATER_BYTES = 128 * 1024
+SWEEP_S = 1.0  # how often idle and slow connections are looked for
+_REASONS = {status.value: status.phrase.encode() for status in HTTPStatus}
+
+
+class Limits(BaseModel):
+    """What a client may send, and how slowly. Bytes and seconds."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    head_bytes: Annotated[int, Field(gt=0)] = 64 * 1024
+    headers: Annotated[int, Field(gt=0)] = 256
+    body_bytes: Annotated[int, Field(gt=0)] = 64 * 1024 * 1024
+    receive_s: Annotated[float, Field(gt=0)] = 60.0
+    idle_s: Annotated[float, Field(gt=0)] = 120.0
+
+
+@dataclass(slots=True)
+class Request:
+    """One whole request. Header names are in lower case; `target` is as the client sent it."""
+
+    method: str
+    target: str
+    headers: Headers
+    body: bytes
+    keep_alive: bool
+    version: str
+    received_at: float
+
+    @property
+    def path(self) -> str:
+        return self.target.partition("?")[0]
+
+    def header(self, name: bytes) -> bytes | None:
+        """The first header of this (lower-case) name."""
+        return next((value for key, value in self.headers if key == name), None)
+
+
+class Flow(Protocol):
+    """Something that can be told to wait: the connection that a reply's bytes come from."""
+
+    def pause_reading(self) -> None: ...
+
+    def resume_reading(self) -> None: ...
+
+
+class Reply:
+    """The answer to one request. The head goes out with the first bytes of the body."""
+
+    def __init__(self, connection: Connection, request: Request) -> None:
+        self._connection = connection
+        self._no_body = request.method == "HEAD"
+        self._keep_alive = request.keep_alive
+        self._may_chunk = request.version != "1.0"
+        self._head = b""
+        self._chunked = False
+        self.source: Flow | None = None
+        self.status = 0
+        self.started = False  # bytes have been sent: it is too late for another status
+        self.ended = False
+
+    def start(self, status: int, headers: Iterable[tuple[bytes, bytes]], length: int | None = None) -> None:
+        """The status and headers; a body of unknown length is chunked, or ends with the connection (1.0)."""
+        self.status, self._chunked = status, False
+        lines = [b"HTTP/1.1 %d %b\r\n" % (status, _REASONS.get(status, b"Unknown"))]
+        lines += [b"%b: %b\r\n" % pair for pair in headers]
+        if length is not None:
+            lines.append(b"content-length: %d\r\n" % length)
+        elif self._may_chunk:
+            self._chunked = True
+            lines.append(b"transfer-encoding: chunked\r\n")
+        else:
+            self._keep_alive = False
+        if not self._keep_alive:
+            lines.append(b"connection: close\r\n")
+        lines.append(b"\r\n")
+        self._head = b"".join(lines)
+
+    def write(self, data: bytes) -> None:
+        """Some bytes of the body."""
+        if self._no_body or not data:
+            return
+        if self._chunked:
+            data = b"%x\r\n%b\r\n" % (len(data), data)
+        self._write(data)
+
+    def end(self) -> None:
+        """The body is whole; the connection takes the next request."""
+        self._write(b"0\r\n\r\n" if self._chunked and not self._no_body else b"")
+        self.ended = True
+
+    def attach(self, source: Flow) -> None:
+        """From now on the source waits whenever the client does not keep up."""
+        self.source = source
+        if self._connection.clogged:
+            source.pause_reading()
+
+    def detach(self) -> None:
+        """The source has given all it had."""
+        self.source = None
+
+    def send(self, status: int, headers: Headers, body: bytes) -> None:
+        """A whole reply at once."""
+        self.start(status, headers, len(body))
+        self.write(body)
+        self.end()
+
+    def abort(self) -> None:
+        """Cut the connection, so that what was sent cannot be taken for the whole."""
+        self._keep_alive = False
+        self._connection.abort()
+
+    def close_after(self) -> None:
+        """Close the connection once this reply has ended."""
+        self._keep_alive = False
+
+    @property
+    def keeps_connection(self) -> bool:
+        return self._keep_alive and self.ended
+
+    def _write(self, data: bytes) -> None:
+        if self._head:
+            data, self._head = self._head + data, b""
+            self.started = True
+        if data:
+            self._connection.write(data)
+
+
+class Connection(asyncio.Protocol):
+    """One client connection: parses requests, runs the handler on each in turn."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._loop = server.loop
+        self._parser = httptools.HttpRequestParser(self)
+        self._waiting: deque[Request] = deque()
+        self._reply: Reply | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._refusal: ApiError | None = None
+        self._deaf = False  # nothing more is read from this client
+        self._paused = False  # reading is paused: enough requests wait
+        self.clogged = False  # the client does not take what was written
+        # The request being received, and since when; or since when none is.
+        self._target = b""
+        self._headers: Headers = []
+        self._body: list[bytes] = []
+        self._body_bytes = 0
+        self._received = 0
+        self._in_head = False
+        self._began_at: float | None = None
+        self._quiet_since: float | None = self._loop.time()
+
+    # -- the transport's callbacks
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's does not derive from it
+        self._transport.set_write_buffer_limits(high=HIGH_WATER_BYTES)
+        self._server.connections.add(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._server.connections.discard(self)
+        self._waiting.clear()
+        if self._task is not None:
+            self._task.cancel()
+
+    def data_received(self, data: bytes) -> None:
+        if self._deaf:
+            return
+        self._received += len(data)
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            self._deaf = True  # the request is answered as if it had not asked; the parser cannot go on
+        except httptools.HttpParserError as error:
+            # llhttp wraps what a callback raised; our own refusals say what is wrong.
+            cause = error.__context__
+            self._refuse(cause if isinstance(cause, ApiError) else BadRequest(f"Malformed HTTP: {error}"))
+        else:
+            if self._in_head and self._received > self._server.limits.head_bytes:
+                self._refuse(HeadTooLarge("The request's headers are over the limit"))
+
+    def pause_writing(self) -> None:
+        self.clogged = True
+        if self._reply is not None and self._reply.source is not None:
+            self._reply.source.pause_reading()
+
+    def resume_writing(self) -> None:
+        self.clogged = False
+        if self._reply is not None and self._reply.source is not None:
+            self._reply.source.resume_reading()
+
+    # -- the parser's callbacks
+
+    def on_message_begin(self) -> None:
+        self._target = b""
+        self._headers = []
+        self._body = []
+        self._body_bytes = 0
+        self._in_head = True
+        self._began_at, self._quiet_since = self._loop.time(), None
+
+    def on_url(self, url: bytes) -> None:
+        self._target += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._headers.append((name.lower(), value))
+        if len(self._headers) > self._server.limits.headers:
+            raise HeadTooLarge(f"More than {self._server.limits.headers} headers")
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        size = len(self._target) + sum(len(name) + len(value) + 4 for name, value in self._headers)
+        if size > self._server.limits.head_bytes:
+            raise HeadTooLarge("The request's headers are over the limit")
+        for name, value in self._headers:
+            if name == b"content-length" and int(value) > self._server.limits.body_bytes:
+                raise TooLarge(f"The body is over the limit of {self._server.limits.body_bytes} bytes")
+            if name == b"expect" and value.lower() == b"100-continue" and self._task is None:
+                self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def on_body(self, body: bytes) -> None:
+        self._body.append(body)
+        self._body_bytes += len(body)
+        if self._body_bytes > self._server.limits.body_bytes:
+            raise TooLarge(f"The body is over the limit of {self._server.limits.body_bytes} bytes")
+
+    def on_message_complete(self) -> None:
+        self._received, self._began_at = 0, None
+        self._waiting.append(
+            Request(
+                method=self._parser.get_method().decode("ascii"),
+                target=self._target.decode("latin-1"),
+                headers=self._headers,
+                body=self._body[0] if len(self._body) == 1 else b"".join(self._body),
+                keep_alive=self._parser.should_keep_alive() and not self._parser.should_upgrade(),
+                version=self._parser.get_http_version(),
+                received_at=self._loop.time(),
+            )
+        )
+        if self._task is None:
+            self._next()
+        elif len(self._waiting) >= MAX_PIPELINED:
+            self._paused = True
+            self._transport.pause_reading()
+
+    # -- one request after the other
+
+    def _next(self) -> None:
+        request = self._waiting.popleft()
+        self._reply = Reply(self, request)
+        self._task = self._loop.create_task(self._handle(request, self._reply))
+
+    async def _handle(self, request: Request, reply: Reply) -> None:
+        try:
+            await self._server.handler(request, reply)
+        except Exception:
+            log.exception("The handler of %s %s failed", request.method, request.target)
+            reply.close_after()
+        self._done(reply)
+
+    def _done(self, reply: Reply) -> None:
+        self._task = self._reply = None
+        if not reply.keeps_connection:
+            self._transport.close()
+        elif self._waiting:
+            self._next()
+        elif self._refusal is not None:
+            self._tell(self._refusal)
+        else:
+            self._rest()
+
+    def _rest(self) -> None:
+        """Nothing is being answered; the client may send its next request, for a while."""
+        if self._server.closing:
+            self._transport.close()
+            return
+        if self._began_at is None:
+            self._quiet_since = self._loop.time()
+        if self._paused:
+            self._paused = False
+            self._transport.resume_reading()
+
+    def _refuse(self, error: ApiError) -> None:
+        """What follows cannot be read: answer what came before it, then this error, then close."""
+        self._refusal, self._deaf = error, True
+        self._began_at = self._quiet_since = None
+        if self._task is None:
+            self._tell(error)
+
+    def _tell(self, error: ApiError) -> None:
+        body = self._server.error_body(error)
+        head = b"HTTP/1.1 %d %b\r\n" % (error.status, _REASONS[error.status])
+        head += b"content-type: application/json\r\ncontent-length: %d\r\n" % len(body)
+        head += b"connection: close\r\n\r\n"
+        self._transport.write(head + body)
+        self._transport.close()
+
+    def write(self, data: bytes) -> None:
+        """Bytes of the current reply."""
+        self._transport.write(data)
+
+    def sweep(self, now: float) -> None:
+        """Close when idle for too long; refuse a request that takes too long to arrive."""
+        limits = self._server.limits
+        if self._began_at is not None and now - self._began_at > limits.receive_s:
+            self._refuse(ClientTimeout(f"The request did not arrive within {limits.receive_s:g} s"))
+        elif self._quiet_since is not None and now - self._quiet_since > limits.idle_s:
+            self._transport.close()
+
+    def finish(self) -> None:
+        """The server is leaving: close at once if idle, else after the reply under way."""
+        if self._task is None:
+            self._transport.close()
+        elif self._reply is not None:
+            self._reply.close_after()
+
+    def abort(self) -> None:
+        """Cuts the connection without waiting for what is unsent."""
+        self._transport.abort()
+
+    @property
+    def busy(self) -> bool:
+        return self._task is not None
+
+
+class Server:
+    """Listens on one port and gives every request to one handler."""
+
+    def __init__(self, handler: Handler, error_body: ErrorBody, limits: Limits) -> None:
+        self.handler = handler
+        self.error_body = error_body
+        self.limits = limits
+        self.connections: set[Connection] = set()
+        self.closing = False
+        self._server: asyncio.Server | None = None
+
+    async def start(self, host: str, port: int) -> int:
+        """Binds and listens; the port as bound. Raises ListenError with one sentence."""
+        self.loop = asyncio.get_running_loop()
+        listener = _listener(host, port)
+        self._server = await self.loop.create_server(lambda: Connection(self), sock=listener, backlog=BACKLOG)
+        self._sweeper = self.loop.create_task(self._sweep())
+        bound: int = listener.getsockname()[1]
+        return bound
+
+    async def stop(self, grace_s: float) -> None:
+        """Takes no more connections, lets replies under way end within `grace_s`, closes everything."""
+        if self._server is None:
+            return
+        self.closing = True
+        self._server.close()
+        for connection in list(self.connections):
+            connection.finish()
+        deadline = self.loop.time() + grace_s
+        while any(c.busy for c in self.connections) and self.loop.time() < deadline:
+            await asyncio.sleep(0.05)
+        for connection in list(self.connections):
+            connection.abort()
+        self._sweeper.cancel()
+        await asyncio.gather(self._sweeper, return_exceptions=True)
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            now = self.loop.time()
+            for connection in list(self.connections):
+                connection.sweep(now)
+
+
+def _listener(host: str, port: int) -> socket.socket:
+    """A bound socket. Not shared by SO_REUSEPORT: a second listener would take half the connections."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        # Linux lets two sockets bind with SO_REUSEADDR as long as none listens: only listening settles it.
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise ListenError(f"cannot listen on {host}:{port}: {error.strerror}") from None
+    listener.setblocking(False)
+    return listener

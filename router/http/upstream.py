@@ -1,0 +1,320 @@
+"""Pooled connections to replicas.
+
+`Upstream.exchange` sends one request and returns with the head of the reply; the body then flows into a
+callback, with no task switch per read. Closing an exchange that is not done aborts the request at the engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import cast
+from urllib.parse import urlsplit
+
+import httptools
+
+from router.errors import ConnectFailed, ReplyCut
+from router.http.framing import Chunked, Framing, FramingError, Sized, UntilClose
+from router.http.server import Headers
+
+Sink = Callable[[bytes], None]
+
+# On one network a connection takes milliseconds; a host that takes seconds is gone or drowning.
+CONNECT_TIMEOUT_S = 2.0
+# Below the keep-alive of a vLLM that was started with its default (5 s: VLLM_HTTP_TIMEOUT_KEEP_ALIVE).
+IDLE_S = 4.0
+MAX_HEAD_BYTES = 64 * 1024
+
+
+@dataclass(slots=True)
+class Head:
+    """Status and headers (lower-case names) of a reply."""
+
+    status: int = 0
+    headers: Headers = field(default_factory=list)
+    keep_alive: bool = False
+
+    def header(self, name: bytes) -> bytes | None:
+        """The first header of this (lower-case) name."""
+        return next((value for key, value in self.headers if key == name), None)
+
+
+class _HeadReader:
+    """httptools' callbacks for one reply head."""
+
+    def __init__(self) -> None:
+        self.head = Head()
+        self._parser = httptools.HttpResponseParser(self)
+
+    def read(self, data: bytes) -> Head:
+        self._parser.feed_data(data)
+        self.head.status = self._parser.get_status_code()
+        self.head.keep_alive = self._parser.should_keep_alive()
+        return self.head
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.head.headers.append((name.lower(), value))
+
+
+def framing_of(head: Head) -> Framing:
+    """How the body under this head is delimited; raises FramingError."""
+    if head.status in (204, 304):
+        return Sized(0)
+    if coding := head.header(b"transfer-encoding"):
+        if coding.strip().lower() != b"chunked":
+            raise FramingError(f"unknown transfer coding {coding!r}")
+        return Chunked()
+    length = head.header(b"content-length")
+    if length is None:
+        return UntilClose()
+    if not length.isdigit():
+        raise FramingError(f"content-length {length!r} is not a number")
+    return Sized(int(length))
+
+
+class Connection(asyncio.Protocol):
+    """One connection to a replica, for one exchange at a time."""
+
+    def __init__(self, pool: Upstream) -> None:
+        self._pool = pool
+        self._loop = asyncio.get_running_loop()
+        self._transport: asyncio.Transport
+        self.exchanges = 0
+        self.idle_since = 0.0
+        self._lost = False
+        self._clear()
+
+    def _clear(self) -> None:
+        self.received_any = False
+        self._buffer = b""
+        self._head: asyncio.Future[Head] | None = None
+        self._end: asyncio.Future[None] | None = None
+        self._framing: Framing | None = None
+        self._sink: Sink | None = None
+        self._keep_alive = False
+
+    # -- one exchange
+
+    async def request(self, message: bytes) -> Head:
+        """Sends the request; the head of the reply. Raises ReplyCut."""
+        if self._lost:
+            raise ReplyCut("the connection was closed")
+        self.exchanges += 1
+        self._head = self._loop.create_future()
+        self._transport.write(message)
+        return await self._head
+
+    async def body(self, sink: Sink) -> None:
+        """Gives every piece of the body to the sink, from the transport's callback; returns at its end.
+
+        Raises ReplyCut when the replica closes first, and whatever the sink raises.
+        """
+        assert self._framing is not None
+        self._end, self._sink = self._loop.create_future(), sink
+        pending, self._buffer = self._buffer, b""
+        if self._framing.done:
+            self._finish(None)
+        elif pending:
+            self._feed(pending)
+        if self._lost and not self._end.done():
+            self._closed_early()
+        await self._end
+
+    def close(self) -> None:
+        """Ends the exchange: a whole one leaves the connection for the next, an unfinished one aborts it."""
+        whole = self._framing is not None and self._framing.done and not self._framing.rest
+        reusable = whole and self._keep_alive and not self._lost
+        self._clear()
+        if reusable:
+            self.resume_reading()
+            self._pool.keep(self)
+        else:
+            self._transport.abort()
+
+    def pause_reading(self) -> None:
+        """The client is slow: let the engine's bytes wait in its socket."""
+        if not self._transport.is_closing():
+            self._transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        if not self._transport.is_closing():
+            self._transport.resume_reading()
+
+    # -- the transport's callbacks
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's does not derive from it
+
+    def data_received(self, data: bytes) -> None:
+        if self._sink is not None:
+            self._feed(data)
+            return
+        self.received_any = True
+        self._buffer += data
+        if self._framing is None:
+            self._read_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._lost = True
+        self._pool.forget(self)
+        if self._head is not None and not self._head.done():
+            self._head.set_exception(ReplyCut("the replica closed the connection before it replied"))
+        elif self._end is not None and not self._end.done():
+            self._closed_early()
+
+    # -- reading
+
+    def _read_head(self) -> None:
+        if self._head is None or self._head.done():  # bytes that nobody asked for
+            self._transport.abort()
+            return
+        end = self._buffer.find(b"\r\n\r\n")
+        if end < 0:
+            if len(self._buffer) > MAX_HEAD_BYTES:
+                self._fail(ReplyCut("the head of the reply has no end"))
+            return
+        try:
+            head = _HeadReader().read(self._buffer[: end + 4])
+            if head.status < 200:  # 100 Continue and early hints: the reply follows
+                self._buffer = self._buffer[end + 4 :]
+                self._read_head()
+                return
+            self._framing = framing_of(head)
+        except (httptools.HttpParserError, FramingError) as error:
+            self._fail(ReplyCut(f"the reply is not HTTP: {error}"))
+            return
+        self._keep_alive = head.keep_alive
+        self._buffer = self._buffer[end + 4 :]
+        self._head.set_result(head)
+
+    def _feed(self, data: bytes) -> None:
+        assert self._framing is not None and self._sink is not None
+        if self._framing.done:
+            self._transport.abort()
+            return
+        try:
+            payload = self._framing.feed(data)
+            if payload:
+                self._sink(payload)
+        except FramingError as error:
+            self._finish(ReplyCut(f"the reply is broken: {error}"))
+        except Exception as error:
+            self._finish(error)
+        else:
+            if self._framing.done:
+                self._finish(None)
+
+    def _closed_early(self) -> None:
+        assert self._framing is not None
+        whole = self._framing.eof()
+        self._finish(None if whole else ReplyCut("the replica closed the connection within its reply"))
+
+    def _finish(self, error: Exception | None) -> None:
+        if self._end is None or self._end.done():
+            return
+        if error is None:
+            self._end.set_result(None)
+        else:
+            self._end.set_exception(error)
+
+    def _fail(self, error: ReplyCut) -> None:
+        if self._head is not None and not self._head.done():
+            self._head.set_exception(error)
+        self._transport.abort()
+
+
+class Exchange:
+    """A request under way at a replica, its head received; closes its connection rightly when left."""
+
+    def __init__(self, connection: Connection, head: Head) -> None:
+        self.connection = connection
+        self.head = head
+
+    async def body(self, sink: Sink) -> None:
+        """See Connection.body."""
+        await self.connection.body(sink)
+
+    def __enter__(self) -> Exchange:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.connection.close()
+
+
+class Upstream:
+    """The connections to one replica; idle ones are used again, the latest first."""
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        if parts.scheme != "http" or not parts.hostname:
+            raise ValueError(f"{url!r} is not an http:// URL")
+        self.host = parts.hostname
+        self.port = parts.port or 80
+        self.authority = parts.netloc.encode("ascii")
+        self._idle: list[Connection] = []
+        self._open: set[Connection] = set()
+
+    async def exchange(self, message: bytes) -> Exchange:
+        """Sends one whole request. Raises ConnectFailed if it did not get there, else ReplyCut.
+
+        A kept connection may have been closed by the engine meanwhile, which says nothing of the engine:
+        the request then goes out once more on a new one.
+        """
+        while (connection := self._take()) is not None:
+            try:
+                return await self._send(connection, message)
+            except ReplyCut:
+                if connection.received_any:
+                    raise
+        return await self._send(await self._connect(), message)
+
+    async def _send(self, connection: Connection, message: bytes) -> Exchange:
+        try:
+            return Exchange(connection, await connection.request(message))
+        except BaseException:
+            connection.close()
+            raise
+
+    def _take(self) -> Connection | None:
+        now = asyncio.get_running_loop().time()
+        while self._idle:
+            connection = self._idle.pop()
+            if now - connection.idle_since < IDLE_S:
+                return connection
+            connection.close()
+        return None
+
+    async def _connect(self) -> Connection:
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                _, connection = await loop.create_connection(
+                    lambda: Connection(self), self.host, self.port, family=socket.AF_UNSPEC
+                )
+        except (OSError, TimeoutError) as error:
+            raise ConnectFailed(f"no connection to {self.host}:{self.port}: {error or 'timed out'}") from None
+        self._open.add(connection)
+        return connection
+
+    def keep(self, connection: Connection) -> None:
+        """An exchange is over and its connection can serve another."""
+        connection.idle_since = asyncio.get_running_loop().time()
+        self._idle.append(connection)
+
+    def forget(self, connection: Connection) -> None:
+        """A connection is gone."""
+        self._open.discard(connection)
+        with contextlib.suppress(ValueError):
+            self._idle.remove(connection)
+
+    def close(self) -> None:
+        """Ends idle connections; those in use end with their exchange."""
+        for connection in list(self._idle):
+            connection.close()
+        self._idle.clear()

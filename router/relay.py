@@ -1,0 +1,366 @@
+"""The life of one request: read, placed, sent, its reply passed on.
+
+Here, and only here, an ApiError becomes an HTTP reply. A request that failed before anything was sent to the
+client goes to another replica; after that the client is told, in the stream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import msgspec
+
+from router import openai_api
+from router.core.fleet import Fleet, Flight
+from router.core.placement import Placement, Policy
+from router.errors import (
+    ApiError,
+    ConnectFailed,
+    MethodNotAllowed,
+    NoCapacity,
+    ReplyCut,
+    UnknownModel,
+    UnknownRoute,
+    UpstreamBroken,
+    UpstreamError,
+)
+from router.http.server import Headers, Reply, Request
+from router.http.sse import EventStream, StreamTooLong, Usage, WithUsage
+from router.http.upstream import Exchange, Head, Upstream
+from router.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+JSON = (b"content-type", b"application/json")
+# RFC 9110 7.6.1, and what the router writes itself. The engine must not compress what is to be read along.
+_NOT_FORWARDED = frozenset(
+    b"connection keep-alive proxy-connection proxy-authorization te trailer transfer-encoding upgrade "
+    b"host content-length expect accept-encoding x-request-id".split()
+)
+_NOT_RETURNED = frozenset(
+    b"connection keep-alive proxy-connection proxy-authenticate te trailer transfer-encoding upgrade "
+    b"content-length x-request-id".split()
+)
+MAX_REQUEST_ID = 128  # longer ones are not identifiers; they would end up in logs and engine ids
+# How long a client is asked to wait when no replica can serve it: a replica is probed every 0.25 s.
+RETRY_AFTER_S = 1
+_decode_usage = msgspec.json.Decoder(WithUsage).decode
+
+
+@dataclass(slots=True)
+class Journey:
+    """One request between its arrival and its end: what it asks, where it is, when what happened."""
+
+    call: openai_api.Call
+    request: Request
+    request_id: bytes
+    reply: Reply
+    flight: Flight | None = None
+
+
+class Relay:
+    """Answers client requests from a fleet. `suspect` is told of a replica that broke, to look at it."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        policy: Policy,
+        metrics: Metrics,
+        promised: tuple[str, ...] = (),
+        suspect: Callable[[str], None] = lambda replica_id: None,
+    ) -> None:
+        self._fleet = fleet
+        self._policy = policy
+        self._metrics = metrics
+        self._promised = promised
+        self._suspect = suspect
+        self._upstreams: dict[str, Upstream] = {}
+        self._started = int(time.time())
+
+    async def __call__(self, request: Request, reply: Reply) -> None:
+        """Answers one request, whatever happens."""
+        request_id = request_id_of(request)
+        code = 499  # nginx's status for a client that left; seen in metrics only
+        path = request.path if request.path in openai_api.FAMILIES else "other"
+        model = ""
+        try:
+            if path == "other":
+                self._answer_own(request, reply, request_id)
+            else:
+                call = self._read(request)
+                model = call.model
+                await self._carry(Journey(call, request, request_id, reply))
+            code = reply.status
+        except ApiError as error:
+            code = error.status
+            self._tell(error, reply, request_id)
+        except asyncio.CancelledError:
+            self._metrics.aborted.labels(model).inc()
+            raise
+        except Exception:
+            code = 500
+            log.exception("request %s failed", request_id.decode("latin-1"))
+            self._tell(ApiError("The router failed on this request"), reply, request_id)
+        finally:
+            self._metrics.requests.labels(model, path, str(code)).inc()
+
+    # -- what the router answers itself
+
+    def _answer_own(self, request: Request, reply: Reply, request_id: bytes) -> None:
+        if request.path not in ("/v1/models", "/health", "/ready"):
+            raise UnknownRoute(f"Nothing is served at {request.method} {request.path}")
+        if request.method not in ("GET", "HEAD"):
+            raise MethodNotAllowed(f"{request.path} takes GET")
+        headers = [JSON, (b"x-request-id", request_id)]
+        if request.path == "/v1/models":
+            reply.send(200, headers, openai_api.models_body(self._promised, self._fleet, self._started))
+        elif request.path == "/health" or self.ready:
+            reply.send(200, headers, b'{"status":"ok"}')
+        else:
+            raise NoCapacity("Not every model has a ready replica", retry_after=RETRY_AFTER_S)
+
+    @property
+    def ready(self) -> bool:
+        """Every model that is promised or known has a replica that takes requests."""
+        models = {*self._promised, *self._fleet.models()}
+        return bool(models) and all(self._fleet.view(model).replicas for model in models)
+
+    # -- what replicas answer
+
+    def _read(self, request: Request) -> openai_api.Call:
+        if request.method != "POST":
+            raise MethodNotAllowed(f"{request.path} takes POST")
+        call = openai_api.parse(openai_api.FAMILIES[request.path], request.body)
+        known = {*self._promised, *self._fleet.models()}
+        if not known:
+            raise NoCapacity("No replica has joined the fleet yet", retry_after=RETRY_AFTER_S)
+        if call.model not in known:
+            raise UnknownModel(
+                f"The model {call.model!r} does not exist; this fleet serves {', '.join(sorted(known))}",
+                param="model",
+            )
+        return call
+
+    async def _carry(self, journey: Journey) -> None:
+        """Tries replicas until one has answered; each is tried once."""
+        tried: frozenset[str] = frozenset()
+        while True:
+            placement = self._place(journey.call.model, tried)
+            replica_id = placement.standing.id
+            try:
+                await self._try(journey, placement)
+                return
+            except UpstreamError as error:
+                self._blame(replica_id, error, journey)
+                if journey.reply.started:
+                    self._break_off(journey, error)
+                    return
+                tried |= {replica_id}
+
+    def _place(self, model: str, tried: frozenset[str]) -> Placement:
+        placement = self._policy(self._fleet.view(model).without(tried))
+        if placement is not None:
+            return placement
+        if tried:
+            raise UpstreamBroken(f"The request failed on {len(tried)} of {len(tried)} replicas of {model!r}")
+        raise NoCapacity(f"No replica of {model!r} can take requests now", retry_after=RETRY_AFTER_S)
+
+    async def _try(self, journey: Journey, placement: Placement) -> None:
+        """One attempt on one replica, counted for as long as it lasts."""
+        replica = placement.standing.replica
+        loop = asyncio.get_running_loop()
+        message = upstream_message(journey, self.upstream(replica.url).authority)
+        self._metrics.overhead.observe(loop.time() - journey.request.received_at)
+        journey.flight = self._fleet.started(replica.id, loop.time())
+        gauge = self._metrics.in_flight.labels(journey.call.model, replica.id)
+        gauge.inc()
+        try:
+            with await self.upstream(replica.url).exchange(message) as exchange:
+                await self._pass_on(journey, exchange)
+        finally:
+            gauge.dec()
+            self._fleet.finished(journey.flight)
+
+    async def _pass_on(self, journey: Journey, exchange: Exchange) -> None:
+        journey.reply.attach(exchange.connection)
+        try:
+            if is_event_stream(exchange.head) and journey.call.transformed:
+                await self._stream(journey, exchange)
+            elif journey.call.family.tokens:
+                await self._whole(journey, exchange)
+            else:
+                await self._verbatim(journey, exchange)
+        finally:
+            journey.reply.detach()
+        elapsed = asyncio.get_running_loop().time() - journey.request.received_at
+        self._metrics.duration.labels(journey.call.model).observe(elapsed)
+
+    async def _stream(self, journey: Journey, exchange: Exchange) -> None:
+        """A stream of chunks, read along: first token, token ids, usage, its true end."""
+        call, reply = journey.call, journey.reply
+        events = EventStream(keep_ids=call.wants_ids, keep_usage=call.wants_usage)
+        reply.start(exchange.head.status, returned_headers(exchange.head, journey.request_id))
+
+        def sink(data: bytes) -> None:
+            out = events.feed(data)
+            if out:
+                if events.events and journey.flight is not None and journey.flight.first_token_at is None:
+                    self._first_token(journey)
+                reply.write(out)
+
+        try:
+            await exchange.body(sink)
+        except StreamTooLong as error:
+            raise ReplyCut(str(error)) from None
+        finally:
+            self._metrics.chunks.labels(call.model).inc(events.events)
+            self._count(call.model, events.usage)
+        if events.error is not None:
+            self._metrics.truncated.labels(call.model).inc()
+            reply.close_after()
+        elif not events.done:
+            raise ReplyCut("the replica ended its stream without [DONE]")
+        reply.end()
+
+    async def _whole(self, journey: Journey, exchange: Exchange) -> None:
+        """A reply in one piece: held until it is whole, so that until then another replica can give it."""
+        parts: list[bytes] = []
+        await exchange.body(parts.append)
+        body = b"".join(parts)
+        if exchange.head.status == 200:
+            self._first_token(journey)
+            self._count(journey.call.model, _decode_usage(body).usage)
+        headers = returned_headers(exchange.head, journey.request_id)
+        journey.reply.send(exchange.head.status, headers, body)
+
+    async def _verbatim(self, journey: Journey, exchange: Exchange) -> None:
+        """A reply that the router does not read."""
+        length = exchange.head.header(b"content-length")
+        headers = returned_headers(exchange.head, journey.request_id)
+        journey.reply.start(exchange.head.status, headers, int(length) if length is not None else None)
+
+        def sink(data: bytes) -> None:
+            if journey.flight is not None and journey.flight.first_token_at is None:
+                self._first_token(journey)
+            journey.reply.write(data)
+
+        await exchange.body(sink)
+        journey.reply.end()
+
+    # -- what is noted
+
+    def _first_token(self, journey: Journey) -> None:
+        assert journey.flight is not None
+        now = asyncio.get_running_loop().time()
+        self._fleet.first_token(journey.flight, now)
+        self._metrics.ttft.labels(journey.call.model).observe(now - journey.request.received_at)
+
+    def _count(self, model: str, usage: Usage | None) -> None:
+        if usage is not None:
+            self._metrics.prompt_tokens.labels(model).inc(usage.prompt_tokens)
+            self._metrics.cached_tokens.labels(model).inc(usage.cached_tokens)
+            self._metrics.output_tokens.labels(model).inc(usage.completion_tokens or 0)
+
+    # -- what goes wrong
+
+    def _blame(self, replica_id: str, error: UpstreamError, journey: Journey) -> None:
+        log.warning("replica %s: %s", replica_id, error)
+        model = journey.call.model
+        if isinstance(error, ConnectFailed):
+            reason = "connect"
+            if self._fleet.failed(replica_id, asyncio.get_running_loop().time()):
+                self._metrics.replica_failures.labels(model, replica_id).inc()
+        else:
+            reason = "cut"
+        if not journey.reply.started:
+            self._metrics.retries.labels(model, reason).inc()
+        self._suspect(replica_id)
+
+    def _break_off(self, journey: Journey, error: UpstreamError) -> None:
+        """The client has part of the reply: say that the rest is missing, never end as if it were whole."""
+        self._metrics.truncated.labels(journey.call.model).inc()
+        reply = journey.reply
+        reply.close_after()
+        if journey.call.transformed:
+            reply.write(openai_api.error_event(UpstreamBroken(f"The stream broke off: {error}")))
+            reply.end()
+        else:
+            reply.abort()
+
+    def _tell(self, error: ApiError, reply: Reply, request_id: bytes) -> None:
+        if reply.started:
+            reply.abort()
+            return
+        headers = [JSON, (b"x-request-id", request_id)]
+        if error.retry_after is not None:
+            headers.append((b"retry-after", b"%d" % error.retry_after))
+        reply.send(error.status, headers, openai_api.error_body(error))
+
+    # -- connections
+
+    def upstream(self, url: str) -> Upstream:
+        """The connections to the engine at this URL."""
+        upstream = self._upstreams.get(url)
+        if upstream is None:
+            upstream = self._upstreams[url] = Upstream(url)
+        return upstream
+
+    def drop(self, url: str) -> None:
+        """The engine at this URL left the fleet."""
+        if (upstream := self._upstreams.pop(url, None)) is not None:
+            upstream.close()
+
+    def close(self) -> None:
+        """Ends idle connections to every engine."""
+        for url in list(self._upstreams):
+            self.drop(url)
+
+
+def request_id_of(request: Request) -> bytes:
+    """The client's x-request-id if it is usable, else a new one."""
+    given = request.header(b"x-request-id")
+    if given and len(given) <= MAX_REQUEST_ID and given.isascii() and given.decode("ascii").isprintable():
+        return given
+    return uuid.uuid4().hex.encode("ascii")
+
+
+def upstream_message(journey: Journey, authority: bytes) -> bytes:
+    """The request as the engine gets it."""
+    body = journey.call.upstream_body()
+    lines = [
+        b"POST %b HTTP/1.1" % journey.request.target.encode("latin-1"),
+        b"host: " + authority,
+        b"content-length: %d" % len(body),
+        b"x-request-id: " + journey.request_id,
+    ]
+    dropped = _NOT_FORWARDED | named_by_connection(journey.request.headers)
+    lines += [b"%b: %b" % (name, value) for name, value in journey.request.headers if name not in dropped]
+    return b"\r\n".join(lines) + b"\r\n\r\n" + body
+
+
+def returned_headers(head: Head, request_id: bytes) -> Headers:
+    """The engine's headers for the client, and the request's id."""
+    dropped = _NOT_RETURNED | named_by_connection(head.headers)
+    headers = [(name, value) for name, value in head.headers if name not in dropped]
+    headers.append((b"x-request-id", request_id))
+    return headers
+
+
+def named_by_connection(headers: Headers) -> frozenset[bytes]:
+    """Headers that `connection:` says are for this hop only."""
+    names: set[bytes] = set()
+    for name, value in headers:
+        if name == b"connection":
+            names.update(token.strip().lower() for token in value.split(b","))
+    return frozenset(names)
+
+
+def is_event_stream(head: Head) -> bool:
+    """Whether the engine streams: it may also answer a streaming request with a plain error."""
+    content_type = head.header(b"content-type") or b""
+    return head.status == 200 and content_type.startswith(b"text/event-stream")

@@ -1,0 +1,71 @@
+import pytest
+import yaml
+
+from router.config import load, parse
+from router.errors import ConfigError
+
+MODEL = {"name": "m", "engine": "simulated", "source": "demo"}
+
+
+def test_a_fleet_needs_no_more_than_a_model():
+    fleet = parse({"models": [MODEL]})
+    assert (fleet.models[0].name, fleet.models[0].replicas) == ("m", 1)
+    assert (fleet.router.port, fleet.router.admin_port, fleet.router.policy) == (8000, 8001, "least_requests")
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        ({}, "models: Field required"),
+        ({"models": []}, "models: List should have at least 1 item"),
+        ({"models": [MODEL, MODEL]}, "models: the name 'm' is given twice"),
+        ({"models": [{**MODEL, "replica": 2}]}, "models.0.replica: Extra inputs are not permitted"),
+        ({"models": [{**MODEL, "replicas": 0}]}, "models.0.replicas: Input should be greater than"),
+        ({"models": [{**MODEL, "engine": "tgi"}]}, "models.0.engine: "),
+        ({"models": [MODEL], "router": {"port": 70000}}, "router.port: Input should be less than"),
+        (
+            {"models": [MODEL], "router": {"policy": "best"}},
+            "router.policy: 'best' is not a policy; known are least_requests, round_robin",
+        ),
+        ({"models": [MODEL], "router": {"limits": {"idle_s": 0}}}, "router.limits.idle_s: "),
+        ({"models": [MODEL], "rooter": {}}, "rooter: Extra inputs are not permitted"),
+    ],
+)
+def test_errors_name_the_key(args, told):
+    with pytest.raises(ConfigError) as raised:
+        parse(args)
+    assert str(raised.value).startswith(told)
+
+
+def test_a_serve_config_file_is_loaded_whole(tmp_path):
+    document = {
+        "proxy_location": "Disabled",
+        "applications": [{"name": "herd", "import_path": "router.app:build", "args": {"models": [MODEL]}}],
+    }
+    path = tmp_path / "fleet.yaml"
+    path.write_text(yaml.safe_dump(document))
+    assert load(path) == document
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("a: [", "not YAML"),
+        ("- 1", "applications: exactly one"),
+        ("applications: []", "applications: exactly one"),
+        ("applications: [{}, {}]", "applications: exactly one"),
+        ("applications: [{}]", "models: Field required"),
+        ("applications: [{args: [1]}]", "args: "),
+    ],
+)
+def test_a_wrong_file_is_named(tmp_path, text, told):
+    path = tmp_path / "fleet.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as raised:
+        load(path)
+    assert str(raised.value).startswith(f"{path}: {told}")
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"none\.yaml: No such file"):
+        load(tmp_path / "none.yaml")

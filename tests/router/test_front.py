@@ -1,0 +1,121 @@
+import contextlib
+import json
+
+import pytest
+from router_wire import VLLM_PAGES, answering, client, engine, post, reply, until
+
+from router.config import RouterConfig
+from router.errors import ListenError
+from router.front import FrontDoor
+from router.health import Endpoint
+
+CHAT = post("/v1/chat/completions", b'{"model":"m"}')
+PAGES = {**VLLM_PAGES, b"/v1/chat/completions": reply(b'{"answer":1}')}
+
+
+@contextlib.asynccontextmanager
+async def front_door(**settings):
+    config = RouterConfig(**{"host": "127.0.0.1", "port": 0, "admin_port": 0, **settings})
+    front = FrontDoor(config, promised=("m",))
+    await front.start()
+    try:
+        yield front
+    finally:
+        await front.stop(0)
+
+
+async def said(port, message):
+    async with client(port) as c:
+        await c.send(message)
+        return await c.reply()
+
+
+async def get(port, path, *headers):
+    return await said(port, "\r\n".join([f"GET {path} HTTP/1.1", "host: h", *headers, "", ""]).encode())
+
+
+async def test_announced_replicas_serve_and_withdrawn_ones_do_not():
+    async with (
+        engine(answering(PAGES)) as (first, a),
+        engine(answering(PAGES)) as (second, b),
+        front_door() as front,
+    ):
+        assert (await said(front.port, CHAT))[0] == 503
+        front.membership([Endpoint("a", a), Endpoint("b", b)])
+        await until(lambda: len(front.fleet.view("m").replicas) == 2)
+        assert front.ready
+        for _ in range(2):
+            assert (await said(front.port, CHAT))[2] == b'{"answer":1}'
+        front.membership([Endpoint("b", b)])
+        assert [s.id for s in front.fleet] == ["b"]
+        first.requests.clear()
+        second.requests.clear()
+        for _ in range(2):
+            assert (await said(front.port, CHAT))[0] == 200
+        assert (len(first.requests), len(second.requests)) == (0, 2)
+
+
+async def test_the_admin_port_tells_the_fleet():
+    async with engine(answering(PAGES)) as (it, url), front_door() as front:
+        front.membership([Endpoint("a", url, "vllm")])
+        await until(lambda: front.ready)
+        await said(front.port, CHAT)
+        status, headers, body = await get(front.admin_port, "/fleet")
+        fleet = json.loads(body)
+        assert (status, headers["content-type"], fleet["policy"]) == (
+            200,
+            "application/json",
+            "least_requests",
+        )
+        assert fleet["models"] == [
+            {"name": "lora", "replicas": 1, "ready": 1},
+            {"name": "m", "replicas": 1, "ready": 1},
+        ]
+        (replica,) = fleet["replicas"]
+        assert (replica["id"], replica["url"], replica["engine"], replica["state"]) == (
+            "a",
+            url,
+            "vllm",
+            "ready",
+        )
+        assert (replica["block_size"], replica["finished"], replica["in_flight"]) == (32, 1, 0)
+        targets = json.loads((await get(front.admin_port, "/targets"))[2])
+        assert targets == [
+            {
+                "targets": [f"127.0.0.1:{it.port}"],
+                "labels": {"replica": "a", "model": "m,lora", "engine": "vllm"},
+            }
+        ]
+        metrics = (await get(front.admin_port, "/metrics"))[2].decode()
+        assert 'herd_replicas{model="m",state="ready"} 1.0' in metrics
+        assert 'herd_requests_total{code="200",model="m",path="/v1/chat/completions"} 1.0' in metrics
+        assert "process_cpu_seconds_total" in metrics
+
+
+async def test_a_browser_gets_the_fleet_as_a_page():
+    async with front_door() as front:
+        status, headers, body = await get(front.admin_port, "/fleet", "accept: text/html,*/*")
+        assert (status, headers["content-type"]) == (200, "text/html; charset=utf-8")
+        assert b"<title>Herd fleet</title>" in body
+
+
+@pytest.mark.parametrize(("path", "status"), [("/health", 200), ("/nothing", 404)])
+async def test_other_admin_paths(path, status):
+    async with front_door() as front:
+        assert (await get(front.admin_port, path))[0] == status
+        assert (await said(front.admin_port, post("/fleet", b"")))[0] == 405
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/fleet", "/targets"])
+async def test_the_front_port_tells_nothing_of_the_fleet(path):
+    async with front_door() as front:
+        assert (await get(front.port, path))[0] == 404
+
+
+@pytest.mark.parametrize("setting", ["port", "admin_port"])
+async def test_a_port_in_use_is_told(setting):
+    async with front_door() as front:
+        taken = front.port
+        second = FrontDoor(RouterConfig(**{"host": "127.0.0.1", "port": 0, "admin_port": 0, setting: taken}))
+        with pytest.raises(ListenError, match=f":{taken}: Address already in use"):
+            await second.start()

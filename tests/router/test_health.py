@@ -1,0 +1,105 @@
+import httpx
+import pytest
+from router_wire import MODELS, VLLM_METRICS, VLLM_PAGES, answering, engine, reply, until
+
+from router.core.fleet import Fleet, State
+from router.errors import EngineUnreachable
+from router.health import Endpoint, Watch, block_size_of, learn, reachable
+
+
+async def learnt(pages):
+    async with engine(answering(pages)) as (it, url), httpx.AsyncClient(trust_env=False) as client:
+        return it, await learn(client, Endpoint("r", url, "vllm"))
+
+
+async def test_an_engine_tells_all_that_is_needed():
+    it, replica = await learnt(VLLM_PAGES)
+    assert (replica.id, replica.engine, replica.models) == ("r", "vllm", ("m", "lora"))
+    assert (replica.block_size, replica.max_model_len) == (32, 4096)
+    assert replica.kv_events == "tcp://127.0.0.1:5557"
+    assert replica.kv_replay == "tcp://127.0.0.1:5558"
+    assert replica.url.endswith(str(it.port))
+
+
+async def test_an_engine_without_events_or_metrics_is_taken_too():
+    _, replica = await learnt({b"/v1/models": reply(MODELS)})
+    assert (replica.block_size, replica.kv_events, replica.kv_replay) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    "models",
+    [reply(b"", status="503 Service Unavailable"), reply(b"<html>"), reply(b"[]"), reply(b'{"data":[{}]}')],
+)
+async def test_what_is_not_vllm_is_told(models):
+    with pytest.raises(EngineUnreachable, match=r"http://127.0.0.1:\d+ does not answer as vLLM"):
+        await learnt({**VLLM_PAGES, b"/v1/models": models})
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("", None), (VLLM_METRICS.decode(), 32), ('vllm:cache_config_info{block_size="None"} 1\n', None)],
+)
+def test_block_size_of(text, size):
+    assert block_size_of(text) == size
+
+
+@pytest.mark.parametrize(
+    ("bound", "told"),
+    [
+        ("tcp://*:1", "tcp://host:1"),
+        ("tcp://0.0.0.0:1", "tcp://host:1"),
+        ("tcp://10.0.0.1:1", "tcp://10.0.0.1:1"),
+        ("ipc:///x", "ipc:///x"),
+        (None, None),
+    ],
+)
+def test_reachable(bound, told):
+    assert reachable(bound, "http://host:8000") == told
+
+
+async def test_a_replica_is_followed_down_and_up_again():
+    fleet = Fleet()
+    watch = Watch(fleet)
+    await watch.start()
+    async with engine(answering(VLLM_PAGES)) as (it, url):
+        watch.follow(Endpoint("r", url))
+        await until(lambda: bool(fleet.view("m").replicas))
+        await it.stop()
+        watch.suspect("r")
+        await until(lambda: fleet.get("r").state is State.DOWN)
+        await it.start(it.port)
+        await until(lambda: bool(fleet.view("m").replicas))
+        watch.drop("r")
+        assert list(fleet) == []
+    await watch.stop()
+
+
+async def test_an_engine_that_comes_back_as_another_is_learnt_anew():
+    fleet = Fleet()
+    watch = Watch(fleet)
+    await watch.start()
+    pages = dict(VLLM_PAGES)
+    async with engine(answering(pages)) as (_, url):
+        watch.follow(Endpoint("r", url))
+        await until(lambda: fleet.models() == ("lora", "m"))
+        pages[b"/health"] = reply(b"", status="503 Service Unavailable")
+        watch.suspect("r")
+        await until(lambda: fleet.get("r").state is State.DOWN)
+        pages[b"/v1/models"] = reply(b'{"data":[{"id":"new"}]}')
+        pages[b"/health"] = reply(b"")
+        await until(lambda: bool(fleet.view("new").replicas))
+    await watch.stop()
+
+
+async def test_a_replica_that_is_not_there_yet_is_waited_for():
+    fleet = Fleet()
+    watch = Watch(fleet)
+    await watch.start()
+    async with engine(answering(VLLM_PAGES)) as (it, url):
+        await it.stop()
+        watch.follow(Endpoint("r", url))
+        watch.suspect("r")
+        assert list(fleet) == []
+        await it.start(it.port)
+        await until(lambda: bool(fleet.view("m").replicas))
+    await watch.stop()

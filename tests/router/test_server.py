@@ -1,0 +1,241 @@
+import asyncio
+
+import pytest
+from router_wire import client, post, serving, until
+
+from router.errors import ListenError
+from router.http.server import HIGH_WATER_BYTES, MAX_PIPELINED, Limits, Reply, Request, Server
+from router.openai_api import error_body
+
+CHUNKED = b"POST /p HTTP/1.1\r\nhost: h\r\ntransfer-encoding: chunked\r\n\r\n"
+
+
+async def echo(request: Request, reply: Reply) -> None:
+    said = f"{request.method} {request.target} ".encode() + request.body
+    reply.send(200, [(b"x-path", request.path.encode())], said)
+
+
+async def test_one_connection_serves_many_requests():
+    async with serving(echo) as (server, port), client(port) as c:
+        for i in range(3):
+            await c.send(post(f"/p?i={i}", b"body"))
+            status, headers, body = await c.reply()
+            assert (status, headers["x-path"], body) == (200, "/p", b"POST /p?i=%d body" % i)
+        assert len(server.connections) == 1
+
+
+async def test_a_request_in_single_bytes():
+    async with serving(echo) as (_, port), client(port) as c:
+        for byte in post("/p", b"body"):
+            await c.send(bytes([byte]))
+        assert (await c.reply())[2] == b"POST /p body"
+
+
+async def test_a_chunked_request_body():
+    async with serving(echo) as (_, port), client(port) as c:
+        await c.send(
+            b"POST /p HTTP/1.1\r\nhost: h\r\ntransfer-encoding: chunked\r\n\r\n2\r\nab\r\n1\r\nc\r\n0\r\n\r\n"
+        )
+        assert (await c.reply())[2] == b"POST /p abc"
+
+
+async def test_expect_100_continue():
+    async with serving(echo) as (_, port), client(port) as c:
+        head, _, body = post("/p", b"body", "expect: 100-continue").partition(b"\r\n\r\n")
+        await c.send(head + b"\r\n\r\n")
+        assert await c.head() == (100, {})
+        await c.send(body)
+        assert (await c.reply())[2] == b"POST /p body"
+
+
+async def test_pipelined_requests_are_answered_in_order():
+    async def slow_first(request: Request, reply: Reply) -> None:
+        if request.body == b"0":
+            await asyncio.sleep(0.05)
+        await echo(request, reply)
+
+    count = 3 * MAX_PIPELINED
+    async with serving(slow_first) as (_, port), client(port) as c:
+        await c.send(b"".join(post("/p", b"%d" % i) for i in range(count)))
+        assert [(await c.reply())[2] for _ in range(count)] == [b"POST /p %d" % i for i in range(count)]
+
+
+async def test_head_has_no_body():
+    async with serving(echo) as (_, port), client(port) as c:
+        await c.send(b"HEAD /p HTTP/1.1\r\nhost: h\r\n\r\nGET /q HTTP/1.1\r\nhost: h\r\n\r\n")
+        assert (await c.head())[1]["content-length"] == "8"
+        assert (await c.reply())[2] == b"GET /q "
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+async def test_connection_close_is_honoured(version):
+    async with serving(echo) as (_, port), client(port) as c:
+        await c.send(f"GET /p HTTP/{version}\r\nhost: h\r\nconnection: close\r\n\r\n".encode())
+        assert (await c.reply())[1]["connection"] == "close"
+        assert await c.at_end()
+
+
+async def test_a_stream_to_an_http_1_0_client_ends_with_the_connection():
+    async def stream(request: Request, reply: Reply) -> None:
+        reply.start(200, [])
+        reply.write(b"ab")
+        reply.write(b"c")
+        reply.end()
+
+    async with serving(stream) as (_, port), client(port) as c:
+        await c.send(b"GET /p HTTP/1.0\r\n\r\n")
+        assert "transfer-encoding" not in (await c.head())[1]
+        assert await c.reader.read() == b"abc"
+
+
+LIMITS = Limits(head_bytes=1000, headers=20, body_bytes=100)
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (b"nonsense\r\n\r\n", 400),
+        (b"GET /p HTTP/1.1\r\nbad header: x\r\n\r\n", 400),
+        (b"POST /p HTTP/1.1\r\nhost: h\r\ncontent-length: -1\r\n\r\n", 400),
+        (b"POST /p HTTP/1.1\r\nhost: h\r\ncontent-length: 1\r\ntransfer-encoding: chunked\r\n\r\n", 400),
+        (b"GET /p HTTP/1.1\r\n" + b"a: b\r\n" * 21 + b"\r\n", 431),
+        (b"GET /p HTTP/1.1\r\na: " + b"b" * 1000 + b"\r\n\r\n", 431),
+        (b"GET /p HTTP/1.1\r\na: " + b"b" * 1100, 431),
+        (b"GET /" + b"p" * 1100 + b" HTTP/1.1\r\n\r\n", 431),
+        (post("/p", b"x" * 101), 413),
+        (CHUNKED + b"65\r\n" + b"x" * 101 + b"\r\n0\r\n\r\n", 413),
+    ],
+)  # fmt: skip
+async def test_what_is_refused_and_how(sent, status):
+    async with serving(echo, LIMITS) as (server, port), client(port) as c:
+        await c.send(sent)
+        told, headers, body = await c.reply()
+        assert (told, headers["connection"]) == (status, "close")
+        assert b'"error"' in body
+        assert await c.at_end()
+        await until(lambda: not server.connections)
+
+
+async def test_an_upgrade_is_not_taken_up():
+    async with serving(echo) as (_, port), client(port) as c:
+        await c.send(b"GET /p HTTP/1.1\r\nhost: h\r\nconnection: upgrade\r\nupgrade: h2c\r\n\r\nPRI *")
+        status, headers, _ = await c.reply()
+        assert (status, headers["connection"]) == (200, "close")
+        assert await c.at_end()
+
+
+async def test_what_came_before_a_refusal_is_answered_first():
+    async with serving(echo) as (_, port), client(port) as c:
+        await c.send(post("/p", b"good") + b"bad\r\n\r\n")
+        assert (await c.reply())[0] == 200
+        assert (await c.reply())[0] == 400
+
+
+async def test_two_hundred_small_headers_pass():
+    async with serving(echo) as (_, port), client(port) as c:
+        await c.send(b"GET /p HTTP/1.1\r\n" + b"".join(b"h%d: v\r\n" % i for i in range(200)) + b"\r\n")
+        assert (await c.reply())[0] == 200
+
+
+async def test_a_request_that_does_not_arrive_is_timed_out():
+    async with serving(echo, Limits(receive_s=0.1)) as (_, port), client(port) as c:
+        await c.send(post("/p", b"body")[:-1])
+        assert (await c.reply())[0] == 408
+        assert await c.at_end()
+
+
+async def test_an_idle_connection_is_closed():
+    async with serving(echo, Limits(idle_s=0.1)) as (_, port), client(port) as c:
+        await c.send(post("/p", b""))
+        await c.reply()
+        assert await c.at_end()
+
+
+async def test_a_client_that_leaves_cancels_its_request():
+    began, cancelled = asyncio.Event(), asyncio.Event()
+
+    async def forever(request: Request, reply: Reply) -> None:
+        began.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+
+    async with serving(forever) as (server, port):
+        async with client(port) as c:
+            await c.send(post("/p", b""))
+            await began.wait()
+        await asyncio.wait_for(cancelled.wait(), 10)
+        await until(lambda: not server.connections)
+
+
+async def test_a_slow_client_makes_the_source_wait():
+    class Source:
+        reading = True
+
+        def pause_reading(self) -> None:
+            self.reading = False
+
+        def resume_reading(self) -> None:
+            self.reading = True
+
+    source = Source()
+    size = 64 * HIGH_WATER_BYTES
+    gone = asyncio.Event()
+
+    async def flood(request: Request, reply: Reply) -> None:
+        reply.attach(source)
+        reply.start(200, [], size)
+        reply.write(b"x" * size)
+        await gone.wait()
+        reply.end()
+
+    async with serving(flood) as (_, port), client(port) as c:
+        await c.send(post("/p", b""))
+        await until(lambda: not source.reading)
+        await c.head()
+        assert len(await c.reader.readexactly(size)) == size
+        await until(lambda: source.reading)
+        gone.set()
+
+
+async def test_stop_lets_a_reply_end_and_takes_no_more():
+    began, go_on = asyncio.Event(), asyncio.Event()
+
+    async def waits(request: Request, reply: Reply) -> None:
+        began.set()
+        await go_on.wait()
+        reply.send(200, [], b"whole")
+
+    server = Server(waits, error_body, Limits())
+    port = await server.start("127.0.0.1", 0)
+    async with client(port) as busy, client(port) as idle:
+        await busy.send(post("/p", b""))
+        await began.wait()
+        stopping = asyncio.create_task(server.stop(10))
+        assert await idle.at_end()
+        with pytest.raises(ConnectionRefusedError):
+            await asyncio.open_connection("127.0.0.1", port)
+        go_on.set()
+        assert (await busy.reply())[2] == b"whole"
+        await stopping
+
+
+async def test_stop_cuts_what_outlasts_the_grace():
+    async def forever(request: Request, reply: Reply) -> None:
+        await asyncio.Event().wait()
+
+    server = Server(forever, error_body, Limits())
+    port = await server.start("127.0.0.1", 0)
+    async with client(port) as c:
+        await c.send(post("/p", b""))
+        await until(lambda: any(connection.busy for connection in server.connections))
+        await server.stop(0)
+        assert await c.at_end()
+
+
+async def test_a_port_in_use_is_one_sentence():
+    async with serving(echo) as (_, port):
+        with pytest.raises(ListenError, match=f"cannot listen on 127.0.0.1:{port}: Address already in use"):
+            await Server(echo, error_body, Limits()).start("127.0.0.1", port)

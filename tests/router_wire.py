@@ -1,0 +1,211 @@
+"""Real sockets for the router's tests: a scripted engine, and a client that says exactly what it is told."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+from router.core.fleet import Fleet, Replica
+from router.core.placement import least_requests
+from router.http.server import Handler, Limits, Server
+from router.metrics import Metrics
+from router.openai_api import error_body
+from router.relay import Relay
+
+WAIT_S = 10.0  # a test that waits longer has failed
+
+Script = Callable[[bytes, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+def reply(body: bytes, status: str = "200 OK", content_type: str = "application/json") -> bytes:
+    head = f"HTTP/1.1 {status}\r\ncontent-type: {content_type}\r\ncontent-length: {len(body)}\r\n\r\n"
+    return head.encode() + body
+
+
+def stream(*events: bytes) -> bytes:
+    """The bytes of a chunked event stream, without its last chunk."""
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
+    head += b"transfer-encoding: chunked\r\n\r\n"
+    return head + b"".join(b"%x\r\n%b\r\n" % (len(event), event) for event in events)
+
+
+LAST_CHUNK = b"0\r\n\r\n"
+
+
+async def read_message(reader: asyncio.StreamReader) -> bytes:
+    """One HTTP message with a content-length (or without a body), head included."""
+    head = await reader.readuntil(b"\r\n\r\n")
+    length = 0
+    for line in head.lower().split(b"\r\n"):
+        if line.startswith(b"content-length:"):
+            length = int(line.partition(b":")[2])
+    return head + (await reader.readexactly(length) if length else b"")
+
+
+class Engine:
+    """A server that answers each request by a script."""
+
+    def __init__(self, script: Script) -> None:
+        self.requests: list[bytes] = []
+        self.connections = 0
+        self.disconnected = asyncio.Event()
+        self._script = script
+
+    async def start(self, port: int = 0) -> str:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", port)
+        self.port = self._server.sockets[0].getsockname()[1]
+        return f"http://127.0.0.1:{self.port}"
+
+    async def stop(self) -> None:
+        self._server.close()
+        await self._server.wait_closed()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        try:
+            while True:
+                request = await read_message(reader)
+                self.requests.append(request)
+                await self._script(request, reader, writer)
+                await writer.drain()
+        except (asyncio.IncompleteReadError, ConnectionError):
+            self.disconnected.set()
+        finally:
+            writer.close()
+
+
+def says(*parts: bytes, close: bool = False) -> Script:
+    """A script that sends these bytes to every request."""
+
+    async def script(request: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for part in parts:
+            writer.write(part)
+            await writer.drain()
+        if close:
+            raise ConnectionResetError
+
+    return script
+
+
+MODELS = b'{"data":[{"id":"m","max_model_len":4096},{"id":"lora","max_model_len":null}]}'
+VLLM_METRICS = (
+    b'# TYPE vllm:cache_config_info gauge\nvllm:cache_config_info{block_size="32",num_gpu_blocks="64"} 1.0\n'
+)
+SOURCES = b'{"0":{"endpoint":"tcp://*:5557","replay_endpoint":"tcp://*:5558"}}'
+# What the router asks of an engine before it sends requests there.
+VLLM_PAGES = {
+    b"/v1/models": reply(MODELS),
+    b"/metrics": reply(VLLM_METRICS, content_type="text/plain"),
+    b"/kv_event_sources": reply(SOURCES),
+    b"/health": reply(b""),
+}
+
+
+def answering(pages: dict[bytes, bytes]) -> Script:
+    """A script that answers each path with its page; the pages may change meanwhile."""
+
+    async def script(request: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(pages.get(request.split(b" ")[1], reply(b"{}", status="404 Not Found")))
+
+    return script
+
+
+@contextlib.asynccontextmanager
+async def engine(script: Script) -> AsyncIterator[tuple[Engine, str]]:
+    it = Engine(script)
+    url = await it.start()
+    try:
+        yield it, url
+    finally:
+        await it.stop()
+
+
+@contextlib.asynccontextmanager
+async def serving(handler: Handler, limits: Limits | None = None) -> AsyncIterator[tuple[Server, int]]:
+    server = Server(handler, error_body, limits or Limits())
+    port = await server.start("127.0.0.1", 0)
+    try:
+        yield server, port
+    finally:
+        await server.stop(0)
+
+
+@contextlib.asynccontextmanager
+async def relaying(*urls: str, policy=least_requests) -> AsyncIterator[tuple[Relay, Fleet, int]]:
+    """A relay in front of these engines, each serving the model `m`; ids are r0, r1, ..."""
+    fleet = Fleet()
+    for i, url in enumerate(urls):
+        fleet.joined(Replica(id=f"r{i}", url=url, models=("m",), max_model_len=100), now=0.0)
+    relay = Relay(fleet, policy, Metrics())
+    async with serving(relay) as (_, port):
+        try:
+            yield relay, fleet, port
+        finally:
+            relay.close()
+
+
+class Client:
+    """A socket to the router."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+
+    async def send(self, data: bytes) -> None:
+        self.writer.write(data)
+        await self.writer.drain()
+
+    async def head(self) -> tuple[int, dict[str, str]]:
+        raw = await asyncio.wait_for(self.reader.readuntil(b"\r\n\r\n"), WAIT_S)
+        lines = raw.decode("latin-1").split("\r\n")[:-2]
+        pairs = (line.split(": ", 1) for line in lines[1:])
+        return int(lines[0].split(" ")[1]), dict(pairs)
+
+    async def reply(self) -> tuple[int, dict[str, str], bytes]:
+        """A whole reply, of known length or chunked."""
+        status, headers = await self.head()
+        if "content-length" in headers:
+            body = await asyncio.wait_for(self.reader.readexactly(int(headers["content-length"])), WAIT_S)
+        else:
+            body = b"".join([chunk async for chunk in self.chunks()])
+        return status, headers, body
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        while True:
+            line = await asyncio.wait_for(self.reader.readline(), WAIT_S)
+            size = int(line, 16)
+            data = await asyncio.wait_for(self.reader.readexactly(size + 2), WAIT_S)
+            if size == 0:
+                return
+            yield data[:-2]
+
+    async def at_end(self) -> bool:
+        """Waits until the peer closes; False if it sent something instead."""
+        try:
+            return await asyncio.wait_for(self.reader.read(1), WAIT_S) == b""
+        except ConnectionResetError:
+            return True
+
+
+@contextlib.asynccontextmanager
+async def client(port: int) -> AsyncIterator[Client]:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        yield Client(reader, writer)
+    finally:
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
+
+
+def post(path: str, body: bytes, *headers: str) -> bytes:
+    lines = [f"POST {path} HTTP/1.1", "host: herd", f"content-length: {len(body)}", *headers]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Returns once the condition holds; the event loop runs meanwhile."""
+    async with asyncio.timeout(WAIT_S):
+        while not condition():
+            await asyncio.sleep(0.005)

@@ -1,0 +1,1 @@
+"""One replica: an engine and what keeps it."""
