@@ -50,7 +50,7 @@ class Admin:
         reply.send(200, [JSON], b'{"status":"ok"}')
 
     def _prometheus(self, request: Request, reply: Reply) -> None:
-        self._metrics.count_replicas(self._fleet)
+        self._metrics.observe(self._fleet, self._promised)
         body = generate_latest(self._metrics.registry)
         reply.send(200, [(b"content-type", CONTENT_TYPE_LATEST.encode())], body)
 
@@ -91,5 +91,6 @@ def _described(standing: Standing) -> dict[str, object]:
 
 def _target(standing: Standing) -> dict[str, object]:
     replica = standing.replica
-    labels = {"replica": replica.id, "model": ",".join(replica.models), "engine": replica.engine}
+    # One model: the others are adapters of it. Not `engine`, which is a label of vLLM's own.
+    labels = {"replica": replica.id, "model": replica.models[0]}
     return {"targets": [urlsplit(replica.url).netloc], "labels": labels}

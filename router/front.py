@@ -34,10 +34,8 @@ class FrontDoor:
         self.admin_port = config.admin_port
         self.fleet = Fleet()
         self.metrics = Metrics()
-        self._watch = Watch(self.fleet)
-        self._relay = Relay(
-            self.fleet, POLICIES[config.policy], self.metrics, promised, suspect=self._watch.suspect
-        )
+        self._watch = Watch(self.fleet, self.metrics)
+        self._relay = Relay(self.fleet, POLICIES[config.policy], self.metrics, self._watch, promised)
         admin = Admin(self.fleet, self.metrics, config.policy, promised)
         self._front = Server(self._relay, error_body, config.limits)
         self._admin = Server(admin, error_body, config.limits)

@@ -18,6 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from router.core.fleet import Fleet, Replica, State
 from router.errors import EngineUnreachable
+from router.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
@@ -84,8 +85,9 @@ def reachable(bound: Any, url: str) -> str | None:
 class Watch:
     """Follows every announced replica: brings it into the fleet, marks it down and up again."""
 
-    def __init__(self, fleet: Fleet) -> None:
+    def __init__(self, fleet: Fleet, metrics: Metrics) -> None:
         self._fleet = fleet
+        self._metrics = metrics
         self._followers: dict[str, asyncio.Task[None]] = {}
         self._looks: dict[str, asyncio.Event] = {}
 
@@ -117,6 +119,15 @@ class Watch:
         if (look := self._looks.get(replica_id)) is not None:
             look.set()
 
+    def failed(self, replica_id: str) -> None:
+        """The replica cannot be reached: it gets nothing more until it answers."""
+        if self._fleet.failed(replica_id, self._now()):
+            standing = self._fleet.get(replica_id)
+            assert standing is not None
+            self._metrics.replica_failures.labels(standing.replica.models[0]).inc()
+            log.warning("replica %s does not answer at %s", replica_id, standing.replica.url)
+        self.suspect(replica_id)
+
     @property
     def followed(self) -> frozenset[str]:
         return frozenset(self._followers)
@@ -127,8 +138,7 @@ class Watch:
             await self._pause(endpoint.id)
             down = self._down(endpoint.id)
             if not await self._answers(endpoint.url):
-                if self._fleet.failed(endpoint.id, self._now()):
-                    log.warning("replica %s does not answer at %s", endpoint.id, endpoint.url)
+                self.failed(endpoint.id)
             elif down:
                 await self._admit(endpoint)  # what answers there may be another engine than before
 

@@ -7,6 +7,7 @@ kind, not once per chunk: a label lookup costs more than the observation.
 from __future__ import annotations
 
 from collections import Counter as Tally
+from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
@@ -17,6 +18,9 @@ TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60)
 DURATION_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300, 600)
 # The router's own share: microseconds when idle, milliseconds when its loop is behind.
 OVERHEAD_BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1)
+
+# Why a request was placed again: no connection to the replica, or its reply was cut.
+RETRY_REASONS = ("connect", "cut")
 
 
 class Metrics:
@@ -91,16 +95,28 @@ class Metrics:
             "herd_replicas", "Replicas by model and state.", ["model", "state"], registry=registry
         )
         self.replica_failures = Counter(
-            "herd_replica_failures",
-            "Times a replica was taken out of traffic.",
-            ["model", "replica"],
-            registry=registry,
+            "herd_replica_failures", "Times a replica was taken out of traffic.", ["model"], registry=registry
         )
         self.connections = Gauge("herd_client_connections", "Open client connections.", registry=registry)
 
-    def count_replicas(self, fleet: Fleet) -> None:
-        """Sets `herd_replicas` to what the fleet is now; called when metrics are read."""
+    def observe(self, fleet: Fleet, promised: Iterable[str]) -> None:
+        """Sets what is a state of the fleet, not an event; called when metrics are read.
+
+        Replicas that left are forgotten, since ids are new with every start. Counters of trouble begin at
+        zero for every model: `increase()` does not see a counter that is born at one.
+        """
+        self.replicas.clear()
+        self.in_flight.clear()
         tally = Tally((model, s.state) for s in fleet for model in s.replica.models)
-        for model in fleet.models():
+        for model in {*promised, *fleet.models()}:
+            self._be_born(model)
             for state in State:
                 self.replicas.labels(model, state).set(tally[model, state])
+        for standing in fleet:
+            self.in_flight.labels(standing.replica.models[0], standing.id).set(standing.in_flight)
+
+    def _be_born(self, model: str) -> None:
+        for counter in (self.truncated, self.aborted, self.replica_failures):
+            counter.labels(model)
+        for reason in RETRY_REASONS:
+            self.retries.labels(model, reason)

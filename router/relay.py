@@ -10,7 +10,6 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgspec
@@ -29,6 +28,7 @@ from router.errors import (
     UpstreamBroken,
     UpstreamError,
 )
+from router.health import Watch
 from router.http.server import Headers, Reply, Request
 from router.http.sse import EventStream, StreamTooLong, Usage, WithUsage
 from router.http.upstream import Exchange, Head, Upstream
@@ -64,21 +64,21 @@ class Journey:
 
 
 class Relay:
-    """Answers client requests from a fleet. `suspect` is told of a replica that broke, to look at it."""
+    """Answers client requests from a fleet; what goes wrong at a replica is told to the watch."""
 
     def __init__(
         self,
         fleet: Fleet,
         policy: Policy,
         metrics: Metrics,
+        watch: Watch,
         promised: tuple[str, ...] = (),
-        suspect: Callable[[str], None] = lambda replica_id: None,
     ) -> None:
         self._fleet = fleet
         self._policy = policy
         self._metrics = metrics
+        self._watch = watch
         self._promised = promised
-        self._suspect = suspect
         self._upstreams: dict[str, Upstream] = {}
         self._started = int(time.time())
 
@@ -177,13 +177,10 @@ class Relay:
         message = upstream_message(journey, self.upstream(replica.url).authority)
         self._metrics.overhead.observe(loop.time() - journey.request.received_at)
         journey.flight = self._fleet.started(replica.id, loop.time())
-        gauge = self._metrics.in_flight.labels(journey.call.model, replica.id)
-        gauge.inc()
         try:
             with await self.upstream(replica.url).exchange(message) as exchange:
                 await self._pass_on(journey, exchange)
         finally:
-            gauge.dec()
             self._fleet.finished(journey.flight)
 
     async def _pass_on(self, journey: Journey, exchange: Exchange) -> None:
@@ -270,16 +267,14 @@ class Relay:
 
     def _blame(self, replica_id: str, error: UpstreamError, journey: Journey) -> None:
         log.warning("replica %s: %s", replica_id, error)
-        model = journey.call.model
         if isinstance(error, ConnectFailed):
             reason = "connect"
-            if self._fleet.failed(replica_id, asyncio.get_running_loop().time()):
-                self._metrics.replica_failures.labels(model, replica_id).inc()
+            self._watch.failed(replica_id)
         else:
             reason = "cut"
+            self._watch.suspect(replica_id)
         if not journey.reply.started:
-            self._metrics.retries.labels(model, reason).inc()
-        self._suspect(replica_id)
+            self._metrics.retries.labels(journey.call.model, reason).inc()
 
     def _break_off(self, journey: Journey, error: UpstreamError) -> None:
         """The client has part of the reply: say that the rest is missing, never end as if it were whole."""

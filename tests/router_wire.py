@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 from router.core.fleet import Fleet, Replica
 from router.core.placement import least_requests
+from router.health import Watch
 from router.http.server import Handler, Limits, Server
 from router.metrics import Metrics
 from router.openai_api import error_body
@@ -137,7 +138,8 @@ async def relaying(*urls: str, policy=least_requests) -> AsyncIterator[tuple[Rel
     fleet = Fleet()
     for i, url in enumerate(urls):
         fleet.joined(Replica(id=f"r{i}", url=url, models=("m",), max_model_len=100), now=0.0)
-    relay = Relay(fleet, policy, Metrics())
+    metrics = Metrics()
+    relay = Relay(fleet, policy, metrics, Watch(fleet, metrics))
     async with serving(relay) as (_, port):
         try:
             yield relay, fleet, port

@@ -83,13 +83,27 @@ async def test_the_admin_port_tells_the_fleet():
         assert targets == [
             {
                 "targets": [f"127.0.0.1:{it.port}"],
-                "labels": {"replica": "a", "model": "m,lora", "engine": "vllm"},
+                "labels": {"replica": "a", "model": "m"},
             }
         ]
         metrics = (await get(front.admin_port, "/metrics"))[2].decode()
         assert 'herd_replicas{model="m",state="ready"} 1.0' in metrics
+        assert 'herd_requests_in_flight{model="m",replica="a"} 0.0' in metrics
+        assert 'herd_streams_truncated_total{model="m"} 0.0' in metrics
         assert 'herd_requests_total{code="200",model="m",path="/v1/chat/completions"} 1.0' in metrics
         assert "process_cpu_seconds_total" in metrics
+
+
+async def test_a_fleet_that_lost_its_replicas_says_so():
+    async with engine(answering(PAGES)) as (_, url), front_door() as front:
+        front.membership([Endpoint("a", url)])
+        await until(lambda: front.ready)
+        await get(front.admin_port, "/metrics")
+        front.membership([])
+        metrics = (await get(front.admin_port, "/metrics"))[2].decode()
+        assert 'herd_replicas{model="m",state="ready"} 0.0' in metrics
+        assert 'replica="a"' not in metrics
+        assert not front.ready
 
 
 async def test_a_browser_gets_the_fleet_as_a_page():

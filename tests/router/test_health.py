@@ -5,6 +5,7 @@ from router_wire import MODELS, VLLM_METRICS, VLLM_PAGES, answering, engine, rep
 from router.core.fleet import Fleet, State
 from router.errors import EngineUnreachable
 from router.health import Endpoint, Watch, block_size_of, learn, reachable
+from router.metrics import Metrics
 
 
 async def learnt(pages):
@@ -59,7 +60,7 @@ def test_reachable(bound, told):
 
 async def test_a_replica_is_followed_down_and_up_again():
     fleet = Fleet()
-    watch = Watch(fleet)
+    watch = Watch(fleet, Metrics())
     await watch.start()
     async with engine(answering(VLLM_PAGES)) as (it, url):
         watch.follow(Endpoint("r", url))
@@ -76,7 +77,7 @@ async def test_a_replica_is_followed_down_and_up_again():
 
 async def test_an_engine_that_comes_back_as_another_is_learnt_anew():
     fleet = Fleet()
-    watch = Watch(fleet)
+    watch = Watch(fleet, Metrics())
     await watch.start()
     pages = dict(VLLM_PAGES)
     async with engine(answering(pages)) as (_, url):
@@ -93,7 +94,7 @@ async def test_an_engine_that_comes_back_as_another_is_learnt_anew():
 
 async def test_a_replica_that_is_not_there_yet_is_waited_for():
     fleet = Fleet()
-    watch = Watch(fleet)
+    watch = Watch(fleet, Metrics())
     await watch.start()
     async with engine(answering(VLLM_PAGES)) as (it, url):
         await it.stop()
