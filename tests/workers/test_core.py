@@ -1,0 +1,236 @@
+"""The simulated engine's core: scheduling, caching, preemption and time, without any clock."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from workers.simulated.core import Engine, EngineConfig, Finish, Sequence, Step
+from workers.simulated.kv_cache import Removed, Stored
+from workers.simulated.step_time import PRESETS, StepTime, StepWork
+
+SECOND = StepTime(step=1.0, prefill=0, sequence=0, context=0)
+
+
+@dataclass
+class Lengths:
+    """A sequence known by its length and block keys alone, as a simulator has it."""
+
+    num_prompt_tokens: int
+    prefix: str = ""
+    stop_after: int | None = None
+    said: int = field(default=0)
+
+    def key(self, block: int) -> object:
+        return (self.prefix, block)
+
+    def extend(self) -> bool:
+        self.said += 1
+        return self.said == self.stop_after
+
+
+def engine(**config: Any) -> Engine:
+    return Engine(EngineConfig(**{"step_time": SECOND, "num_gpu_blocks": 65, "block_size": 4, **config}))
+
+
+def run(core: Engine, now: float = 0.0) -> list[Step]:
+    """Every step until there is nothing left to do."""
+    steps = []
+    while core.has_work:
+        step = core.step(now)
+        assert step is not None
+        now += step.duration
+        steps.append(step)
+        assert len(steps) < 10_000
+    return steps
+
+
+def test_prefills_in_chunks_and_then_decodes_one_token_a_step() -> None:
+    core = engine(max_num_batched_tokens=8)
+    core.add("a", Lengths(20), 3, 0.0)
+    steps = run(core)
+    assert [step.work.prefill_tokens for step in steps] == [8, 8, 4, 0, 0]
+    assert [len(step.outputs) for step in steps] == [0, 0, 1, 1, 1]
+    assert steps[-1].outputs[0].finish is Finish.LENGTH
+    assert steps[-1].work == StepWork(decoding=1, context_tokens=22)
+
+
+def test_decoding_comes_before_prefill() -> None:
+    core = engine(max_num_batched_tokens=8)
+    core.add("a", Lengths(4), 9, 0.0)
+    core.step(0.0)
+    core.add("b", Lengths(20), 1, 1.0)
+    step = core.step(1.0)
+    assert step is not None
+    assert (step.work.decoding, step.work.prefill_tokens) == (1, 7)
+
+
+def test_first_come_first_served_up_to_max_num_seqs() -> None:
+    core = engine(max_num_seqs=2)
+    for name in "abc":
+        core.add(name, Lengths(4), 2, 0.0)
+    step = core.step(0.0)
+    assert step is not None
+    assert [s.id for s in step.admitted] == ["a", "b"]
+    assert (core.num_running, core.num_waiting) == (2, 1)
+    assert [s.id for later in run(core) for s in later.admitted] == ["c"]
+
+
+@pytest.mark.parametrize(("tokens", "cached"), [(3, 0), (4, 0), (5, 4), (8, 4), (9, 8), (40, 36), (41, 40)])
+def test_a_full_hit_computes_the_last_block_again(tokens: int, cached: int) -> None:
+    core = engine()
+    core.add("a", Lengths(tokens), 1, 0.0)
+    run(core)
+    again = core.add("b", Lengths(tokens), 1, 0.0)
+    run(core)
+    assert again.cached_tokens == cached == (tokens - 1) // 4 * 4
+
+
+def test_output_blocks_are_stored_as_they_fill() -> None:
+    core = engine()
+    content = Lengths(6, "x")
+    core.add("a", content, 7, 0.0)
+    stored = [event for step in run(core) for event in step.events]
+    # 12 of 13 tokens are computed: the last one is never an input.
+    assert stored == [Stored(content, 0, 1), Stored(content, 1, 1), Stored(content, 2, 1)]
+
+
+def test_without_prefix_caching_nothing_is_stored() -> None:
+    core = engine(enable_prefix_caching=False)
+    for name in "ab":
+        core.add(name, Lengths(20), 4, 0.0)
+        assert not [event for step in run(core) for event in step.events]
+    assert core.cache.num_cached == 0
+
+
+def test_the_latest_is_preempted_and_finishes_all_the_same() -> None:
+    core = engine(num_gpu_blocks=9)  # 32 tokens
+    early, late = (core.add(name, Lengths(12, name), 12, 0.0) for name in "ab")
+    steps = run(core)
+    assert sum(step.preempted for step in steps) >= 1
+    assert (early.preemptions, late.preemptions >= 1) == (0, True)
+    assert (early.num_outputs, late.num_outputs) == (12, 12)
+    finished = [output.sequence.id for step in steps for output in step.outputs if output.finish]
+    assert finished == ["a", "b"]
+
+
+def test_abort_frees_waiting_and_running_at_once() -> None:
+    core = engine(max_num_seqs=1)
+    core.add("a", Lengths(8), 50, 0.0)
+    core.add("b", Lengths(8), 50, 0.0)
+    core.step(0.0)
+    assert core.kv_usage > 0
+    assert core.abort("b")
+    assert core.abort("a")
+    assert not core.abort("a")
+    assert (core.has_work, core.kv_usage) == (False, 0.0)
+    assert core.step(1.0) is None
+
+
+def test_content_ends_a_sequence_before_its_limit() -> None:
+    core = engine()
+    core.add("a", Lengths(4, stop_after=3), 10, 0.0)
+    (last,) = run(core)[-1].outputs
+    assert (last.finish, last.sequence.num_outputs) == (Finish.STOP, 3)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "limit", "message"), [(256, 2, "does not fit"), (4, 0, "at least 1"), (4, 1, "already here")]
+)
+def test_refuses_what_could_never_run(tokens: int, limit: int, message: str) -> None:
+    core = engine()
+    core.add("taken", Lengths(4), 1, 0.0)
+    with pytest.raises(ValueError, match=message):
+        core.add("taken" if message == "already here" else "new", Lengths(tokens), limit, 0.0)
+
+
+def test_step_time_is_the_documented_sum() -> None:
+    time = StepTime(step=1.0, prefill=0.1, sequence=0.01, context=0.001, attention=0.0001)
+    work = StepWork(prefill_tokens=5, attention=7, decoding=3, context_tokens=11)
+    assert time.seconds(work) == pytest.approx(1 + 0.5 + 0.03 + 0.011 + 0.0007)
+
+
+def test_a_step_costs_what_it_computes() -> None:
+    time = StepTime(step=1.0, prefill=0.1, sequence=0.01, context=0.001, attention=0.0001)
+    core = engine(step_time=time, max_num_batched_tokens=8)
+    core.add("a", Lengths(12), 2, 0.0)
+    durations = [step.duration for step in run(core)]
+    # chunks of 8 after 0 and of 4 after 8, then one token over 13
+    attention = (8 * (0 + 4), 4 * (8 + 2))
+    assert durations == pytest.approx(
+        [1 + 0.8 + attention[0] * 1e-4, 1 + 0.4 + attention[1] * 1e-4, 1 + 0.01 + 0.013]
+    )
+
+
+def test_the_8b_preset_prefills_30_000_tokens_a_second() -> None:
+    time = PRESETS["8b-h100"].step_time
+    assert 8192 / time.seconds(StepWork(prefill_tokens=8192)) == pytest.approx(30_000, rel=0.05)
+
+
+@pytest.mark.parametrize("bad", [{"block_size": 0}, {"max_num_seqs": 0}, {"max_num_batched_tokens": 0}])
+def test_sizes_must_be_positive(bad: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        engine(**bad)
+
+
+REQUEST = st.tuples(
+    st.integers(1, 60),  # prompt tokens
+    st.integers(1, 30),  # output tokens
+    st.sampled_from("xyz"),  # prefix
+    st.integers(0, 20),  # step of arrival
+    st.one_of(st.none(), st.integers(1, 40)),  # step of abort
+)
+
+
+@settings(max_examples=150)
+@given(
+    st.lists(REQUEST, min_size=1, max_size=12),
+    st.integers(24, 70),
+    st.integers(1, 32),
+    st.integers(1, 4),
+)
+def test_whatever_comes_is_served_exactly_and_leaks_nothing(
+    requests: list[tuple[int, int, str, int, int | None]], blocks: int, budget: int, seqs: int
+) -> None:
+    core = engine(num_gpu_blocks=blocks, max_num_batched_tokens=budget, max_num_seqs=seqs)
+    sequences: dict[str, Sequence] = {}
+    outputs: dict[str, int] = {}
+    aborted = set()
+    arrivals = max(request[3] for request in requests)
+    cached: dict[object, int] = {}
+    number = 0
+    while core.has_work or number <= arrivals:
+        for index, (prompt, output, prefix, arrival, abort) in enumerate(requests):
+            if arrival == number:
+                sequences[str(index)] = core.add(str(index), Lengths(prompt, prefix), output, number)
+            if abort is not None and arrival + abort == number and core.abort(str(index)):
+                aborted.add(str(index))
+        step = core.step(number)
+        number += 1
+        assert number < 20_000
+        for event in step.events if step else ():
+            match event:
+                case Stored(owner, first, count):
+                    for block in range(first, first + count):
+                        cached[owner.key(block)] = cached.get(owner.key(block), 0) + 1
+                case Removed(key):
+                    cached[key] -= 1
+        for sequence, finish in step.outputs if step else ():
+            outputs[sequence.id] = outputs.get(sequence.id, 0) + 1
+            assert (finish is Finish.LENGTH) == (outputs[sequence.id] == sequence.max_tokens)
+        if step:
+            assert step.work.prefill_tokens + step.work.decoding <= budget
+            assert core.num_running <= seqs
+    for index, (prompt, output, *_) in enumerate(requests):
+        sequence = sequences[str(index)]
+        assert str(index) in aborted or outputs[str(index)] == output
+        assert (sequence.cached_tokens or 0) <= (prompt - 1) // 4 * 4
+    assert core.kv_usage == 0
+    assert core.cache.num_free == core.cache.capacity
+    # What the events say is cached is what a lookup finds: a follower loses nothing and invents nothing.
+    assert sum(1 for copies in cached.values() if copies) == core.cache.num_cached
+    assert all(bool(copies) == bool(core.cache.longest_prefix([key])) for key, copies in cached.items())

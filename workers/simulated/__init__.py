@@ -1,0 +1,1 @@
+"""An engine with a modelled clock and cache, on a real wire."""

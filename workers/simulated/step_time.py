@@ -1,0 +1,55 @@
+"""How long one engine step takes: a linear model of prefill, decoding and context."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class StepWork:
+    """What one step computes."""
+
+    prefill_tokens: int = 0
+    attention: float = 0.0
+    """Query-key pairs of the prefill: sum of n * (s + n / 2) for n new tokens after s computed ones."""
+    decoding: int = 0
+    context_tokens: int = 0
+    """Tokens that the decoding sequences attend to, all together."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepTime:
+    """Coefficients in seconds: step, prefill token, decoding sequence, context token, attention pair."""
+
+    step: float
+    prefill: float
+    sequence: float
+    context: float
+    attention: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.step <= 0 or min(self.prefill, self.sequence, self.context, self.attention) < 0:
+            raise ValueError("step times must not be negative, and a step must take some time")
+
+    def seconds(self, work: StepWork) -> float:
+        """T = a + b * prefill + c * decoding + d * context + e * attention."""
+        return (
+            self.step
+            + self.prefill * work.prefill_tokens
+            + self.sequence * work.decoding
+            + self.context * work.context_tokens
+            + self.attention * work.attention
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """One model on one set of GPUs: its step times and the tokens its KV cache holds."""
+
+    step_time: StepTime
+    kv_tokens: int
+
+
+# Roofline estimates (data-sheet FLOPs and bandwidth times an assumed efficiency), not measurements of a GPU.
+PRESETS = {
+    "8b-h100": Preset(StepTime(6e-3, 33e-6, 45e-6, 5.6e-8, 1.3e-9), kv_tokens=400_000),
+    "70b-4xh100": Preset(StepTime(16e-3, 79e-6, 100e-6, 3.5e-8, 1.64e-9), kv_tokens=450_000),
+}
