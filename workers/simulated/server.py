@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -52,10 +53,10 @@ class Server:
 
     def __init__(self, chosen: options.Options) -> None:
         self._options = chosen
-        root = chosen.model or _demo_model()
+        name, root = _model(chosen.model)
         tokenizer = Tokenizer(root)
         max_model_len = chosen.context(tokenizer.max_position)
-        names = chosen.served_model_name or (str(chosen.model) if chosen.model else root.name,)
+        names = chosen.served_model_name or (name,)
         engine = core.Engine(chosen.engine_config())
         self.faults = Faults()
         self.metrics = EngineMetrics(names[0], engine, max_model_len)
@@ -355,10 +356,14 @@ def _cache_config(chosen: options.Options) -> dict[str, object]:
     }
 
 
-def _demo_model() -> Any:
+def _model(given: Path | None) -> tuple[str, Path]:
+    """What the model is called unless a flag says otherwise, as vLLM does it, and its directory."""
+    if given is not None:
+        return str(given), given
+    # Here, not above: making the demo model needs numpy, which a server does without.
     from workers import demo_model
 
-    return demo_model.tokenizer_dir()
+    return demo_model.NAME, demo_model.tokenizer_dir()
 
 
 class _Http(uvicorn.Server):
