@@ -271,7 +271,9 @@ def test_a_key_guards_v1_only(start: Any) -> None:
         allowed = client.get("/v1/models", headers={"authorization": "Bearer secret"})
         assert allowed.status_code == 200
         assert client.get("/kv_event_sources").json() == {}
-        reply = get.post("/v1/completions", json={"prompt": "x"}, headers={"authorization": "Bearer secret"})
+        reply = client.post(
+            "/v1/completions", json={"prompt": "x"}, headers={"authorization": "Bearer secret"}
+        )
         # vLLM says nothing of cached tokens without --enable-prompt-tokens-details.
         assert reply.json()["usage"]["prompt_tokens_details"] is None
 
