@@ -1,0 +1,185 @@
+"""The `herd` command. Each command imports what it needs when it runs, so that help does not wait for Ray."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from router.errors import HerdError
+
+if TYPE_CHECKING:
+    from router.run_directory import RunDirectory
+
+PORT = 8000
+ADMIN_PORT = 8001
+DASHBOARD_PORT = 8265
+# What `herd status` returns when there is no fleet, as systemctl's does for a unit that is not running.
+NOT_RUNNING = 3
+# What a shell reports for a command that was interrupted (128 + SIGINT).
+INTERRUPTED = 130
+
+run_dir = click.option(
+    "--run-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Where a fleet's record, Serve config and logs are.  [default: ~/.local/state/herd/PORT]",
+)
+
+
+class Herd(click.Group):
+    """Turns every error that Herd raises on purpose into one sentence and exit code 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Runs the command."""
+        try:
+            return super().invoke(ctx)
+        except HerdError as error:
+            raise click.ClickException(str(error)) from None
+
+
+@click.group(cls=Herd, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="herd-fleet")
+def main() -> None:
+    """One OpenAI-compatible endpoint in front of many vLLM replicas."""
+
+
+@main.command()
+@click.argument("fleet", required=False, type=click.Path(path_type=Path, dir_okay=False, exists=True))
+@click.option(
+    "--engine",
+    type=click.Choice(["auto", "vllm", "simulated"]),
+    help="auto: vLLM where it can run.  [default: auto]",
+)
+@click.option("--model", help="A Hugging Face name or a folder.  [default: a small demo model]")
+@click.option("--replicas", type=click.IntRange(min=1), help="How many engines.  [default: 2]")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), help=f"The endpoint.  [default: {PORT}, or as FLEET says]"
+)
+@click.option(
+    "--admin-port",
+    type=click.IntRange(0, 65535),
+    help=f"Metrics and state.  [default: {ADMIN_PORT}, or as FLEET says]",
+)
+@click.option(
+    "--address", metavar="RAY_ADDRESS", help="Deploy on this Ray cluster instead of one of our own."
+)
+@click.option("--dashboard-port", default=DASHBOARD_PORT, show_default="8265 or the next free one")
+@run_dir
+def up(
+    fleet: Path | None,
+    engine: str | None,
+    model: str | None,
+    replicas: int | None,
+    port: int | None,
+    admin_port: int | None,
+    address: str | None,
+    dashboard_port: int,
+    run_dir: Path | None,
+) -> None:
+    """Start a fleet and keep it in the foreground; Ctrl-C ends all of it.
+
+    FLEET is a Ray Serve config file with one Herd application, the one that `serve deploy` takes.
+    """
+    from router import plan, up
+    from router.progress import Progress
+    from workers.vllm_engine import where_can_run
+
+    if fleet is None:
+        planned = plan.from_flags(engine or "auto", model, replicas, where_can_run())
+    elif engine or model or replicas:
+        raise click.UsageError(
+            "--engine, --model and --replicas describe a fleet; so does FLEET. Give one of both."
+        )
+    else:
+        planned = plan.from_file(fleet)
+    planned = planned.on_ports(port, admin_port)
+    progress = Progress(f"Engine: {planned.engine}.")
+    directory = _directory(run_dir, planned.fleet.router.port)
+    try:
+        up.run(up.Up(planned, directory, dashboard_port, address), progress)
+        progress.line("The fleet is down.")
+    except up.Interrupted:
+        progress.line("Cut short: nothing was left running.")
+        sys.exit(INTERRUPTED)
+    finally:
+        progress.quiet()
+
+
+@main.command()
+@click.option("--port", default=PORT, show_default=True, help="The endpoint's port.")
+@run_dir
+def down(port: int, run_dir: Path | None) -> None:
+    """End the fleet on a port: gracefully, and nothing that its `herd up` did not start."""
+    directory = _directory(run_dir, port)
+    if not directory.down():
+        raise _no_fleet(directory)
+    click.echo("The fleet is down.")
+
+
+@main.command()
+@click.option("--port", default=PORT, show_default=True, help="The endpoint's port.")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@run_dir
+def status(port: int, as_json: bool, run_dir: Path | None) -> None:
+    """Show the fleet on a port: its replicas, its engine, where it is. Exit code 3 if there is none."""
+    from router import status
+
+    directory = _directory(run_dir, port)
+    record = directory.read()
+    if record is None or not record.herd.alive:
+        raise _no_fleet(directory)
+    show = status.as_json if as_json else status.as_text
+    click.echo(show(record, status.fleet_of(record)))
+
+
+@main.command()
+@click.option(
+    "--worker-urls", required=True, multiple=True, metavar="URL...", help="vLLM servers that run already."
+)
+@click.argument("more_urls", nargs=-1, metavar="")
+@click.option("--host", default="0.0.0.0", show_default=True)
+@click.option("--port", default=PORT, show_default=True)
+@click.option("--admin-port", default=ADMIN_PORT, show_default=True)
+@click.option("--policy", help="How a replica is chosen.  [default: least_requests]")
+def route(
+    worker_urls: tuple[str, ...], more_urls: tuple[str, ...], policy: str | None, **listen: Any
+) -> None:
+    """Route to vLLM servers that exist, without Ray."""
+    from router.route import run
+
+    settings = {**listen, **({"policy": policy} if policy else {})}
+    run([*worker_urls, *more_urls], settings, say=click.echo)
+
+
+@main.group()
+def engine() -> None:
+    """Run one engine by itself."""
+
+
+@engine.command(
+    context_settings={"ignore_unknown_options": True, "help_option_names": []}, add_help_option=False
+)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def simulated(arguments: tuple[str, ...]) -> None:
+    """A server that speaks as vLLM does, with a modelled clock and cache; --help lists its options."""
+    from workers.simulated.server import main
+
+    sys.exit(main(list(arguments)))
+
+
+def _directory(given: Path | None, port: int) -> RunDirectory:
+    from router import run_directory
+
+    return run_directory.RunDirectory(given) if given is not None else run_directory.default(port)
+
+
+def _no_fleet(directory: RunDirectory) -> click.ClickException:
+    error = click.ClickException(f"No fleet is up here ({directory.path}).")
+    error.exit_code = NOT_RUNNING
+    return error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""Where Serve's news of replicas crosses to the router's event loop.
+
+Serve pickles a request router's whole module by value, so module state beside `Directory` would be a copy in
+the replica that unpickles it. This module is pickled by name, so both sides meet one object here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterable
+
+from router.front import Endpoint
+
+Listener = Callable[[list[Endpoint]], None]
+
+
+class Roster:
+    """The replicas of every pool (one Serve deployment each), told whole to one listener on its own loop."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._pools: dict[str, tuple[Endpoint, ...]] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._listener: Listener | None = None
+
+    def follow(self, listener: Listener) -> None:
+        """Tell `listener` every membership from now on, on the running loop; first what is known already."""
+        with self._lock:
+            self._loop, self._listener = asyncio.get_running_loop(), listener
+        self._tell()
+
+    def unfollow(self) -> None:
+        """Tell nobody any more."""
+        with self._lock:
+            self._loop = self._listener = None
+
+    def announce(self, pool: str, endpoints: Iterable[Endpoint]) -> None:
+        """The whole membership of one pool as it is now. Callable from any thread."""
+        with self._lock:
+            self._pools[pool] = tuple(endpoints)
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(self._tell)
+
+    def _tell(self) -> None:
+        with self._lock:
+            listener, endpoints = self._listener, [e for pool in self._pools.values() for e in pool]
+        if listener is not None:
+            listener(endpoints)
+
+
+ROSTER = Roster()

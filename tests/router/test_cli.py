@@ -1,0 +1,61 @@
+"""The command line: quick where it can be, one sentence where it cannot."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+HERD = Path(sys.executable).with_name("herd")
+# Ray alone takes a second to import, all of this a third of one; other tests share the cores.
+QUICK_S = 1.0
+
+
+def run(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([str(HERD), *args], capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("command", [(), ("up",), ("down",), ("status",), ("route",), ("engine",)])
+def test_help_lists_options_and_needs_neither_ray_nor_the_router(command: tuple[str, ...]) -> None:
+    loaded = (
+        "import sys; from router.cli import main\n"
+        "main(sys.argv[1:], standalone_mode=False); print(*sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", loaded, *command, "--help"], capture_output=True, text=True, timeout=60
+    )
+    assert "--help" in done.stdout
+    assert not {"ray", "uvloop", "pydantic", "httpx"} & set(done.stdout.split())
+
+
+def test_status_is_quick(tmp_path: Path) -> None:
+    def once() -> float:
+        began = time.monotonic()
+        run("status", "--run-dir", str(tmp_path))
+        return time.monotonic() - began
+
+    assert min(once() for _ in range(3)) < QUICK_S
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "says"),
+    [
+        (("up", "fleet.yaml"), 2, "does not exist"),
+        (("up", "--engine", "magic"), 2, "magic"),
+        (("route",), 2, "--worker-urls"),
+        (("route", "--worker-urls", "localhost:8000"), 1, "--worker-urls: 'localhost:8000'"),
+        (("route", "--worker-urls", "http://127.0.0.1:1", "--policy", "magic"), 1, "'magic' is not a policy"),
+    ],
+)
+def test_wrong_arguments_are_named_in_one_line(args: tuple[str, ...], code: int, says: str) -> None:
+    done = run(*args)
+    assert done.returncode == code
+    assert says in done.stderr.splitlines()[-1]
+
+
+def test_a_fleet_file_and_flags_that_describe_a_fleet_exclude_each_other() -> None:
+    file = Path(__file__).parents[2] / "deploy" / "simulated.yaml"
+    done = run("up", str(file), "--replicas", "3")
+    assert done.returncode == 2
+    assert "Give one of both" in done.stderr
