@@ -32,7 +32,7 @@ class Language:
         special = tokenizer.special_ids()
         ids = [i for i in range(tokenizer.vocab_size) if i not in special]
         texts = tokenizer.decode_each(ids)
-        self._words = [i for i, text in zip(ids, texts, strict=True) if text and "\ufffd" not in text]
+        self._words = [i for i, text in zip(ids, texts, strict=True) if _is_text(text)]
         if not self._words:
             raise ValueError("the tokenizer has no token that is text by itself")
         self._split = [ids for c in SPLIT_CHARACTERS if len(ids := self._split_ids(c)) > 1]
@@ -139,3 +139,8 @@ class TokenSequence:
             return self._language.eos_token_id
         tail = self.token_ids[-4:]
         return self._language.next_token(self._hash.intdigest(), tail, may_end=may_end)
+
+
+def _is_text(token: str) -> bool:
+    """Whether a token can be said by itself, to a person at a terminal too."""
+    return bool(token) and "\ufffd" not in token and token.replace("\n", " ").isprintable()
