@@ -76,6 +76,9 @@ class _StreamOptions(msgspec.Struct):
 
 
 _decode_fields = msgspec.json.Decoder(Fields).decode
+_OPTIONS = msgspec.json.Decoder(_StreamOptions | None)
+_TEXT = msgspec.json.Decoder(str | None)
+_FLAG = msgspec.json.Decoder(bool | None)
 
 
 def parse(family: Family, body: bytes) -> Call:
@@ -84,27 +87,27 @@ def parse(family: Family, body: bytes) -> Call:
         fields = _decode_fields(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadRequest(f"The body is not a JSON object: {error}") from None
-    options = _member(fields, "stream_options", _StreamOptions | None) or _StreamOptions()
-    model = _member(fields, "model", str | None)
+    options = _member(fields, "stream_options", _OPTIONS) or _StreamOptions()
+    model = _member(fields, "model", _TEXT)
     if not model:
         raise BadRequest("The field 'model' is required", param="model")
     return Call(
         family=family,
         model=model,
-        stream=bool(_member(fields, "stream", bool | None)),
-        wants_ids=bool(_member(fields, "return_token_ids", bool | None)),
+        stream=bool(_member(fields, "stream", _FLAG)),
+        wants_ids=bool(_member(fields, "return_token_ids", _FLAG)),
         wants_usage=bool(options.include_usage),
         fields=fields,
         body=body,
     )
 
 
-def _member(fields: Fields, name: str, type_: Any) -> Any:
+def _member(fields: Fields, name: str, decoder: msgspec.json.Decoder[Any]) -> Any:
     raw = fields.get(name)
     if raw is None:
         return None
     try:
-        return msgspec.json.decode(raw, type=type_)
+        return decoder.decode(raw)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadRequest(f"The field {name!r} is wrong: {error}", param=name) from None
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
-import uuid
 from dataclasses import dataclass
 
 import msgspec
@@ -136,6 +136,8 @@ class Relay:
         if request.method != "POST":
             raise MethodNotAllowed(f"{request.path} takes POST")
         call = openai_api.parse(openai_api.FAMILIES[request.path], request.body)
+        if self._fleet.view(call.model).replicas:
+            return call
         known = {*self._promised, *self._fleet.models()}
         if not known:
             raise NoCapacity("No replica has joined the fleet yet", retry_after=RETRY_AFTER_S)
@@ -321,7 +323,7 @@ def request_id_of(request: Request) -> bytes:
     given = request.header(b"x-request-id")
     if given and len(given) <= MAX_REQUEST_ID and given.isascii() and given.decode("ascii").isprintable():
         return given
-    return uuid.uuid4().hex.encode("ascii")
+    return os.urandom(16).hex().encode("ascii")
 
 
 def upstream_message(journey: Journey, authority: bytes) -> bytes:

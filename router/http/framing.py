@@ -6,6 +6,7 @@ relay does with them, so the body is read here.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Protocol
 
 # A chunk-size line longer than this is not one: 16 hex digits and a few extensions fit easily.
@@ -74,6 +75,10 @@ class Chunked:
         self._in_trailer = False
 
     def feed(self, data: bytes) -> bytes:
+        if not (self._missing or self._held or self._in_trailer):
+            content = _whole_chunk(data)
+            if content:
+                return content
         if self._held:
             data, self._held = self._held + data, b""
         payload: list[bytes] = []
@@ -118,9 +123,23 @@ class Chunked:
         return end + 2
 
     def _open(self, line: bytes) -> None:
-        digits = line.partition(b";")[0].strip()
-        if not digits or digits.strip(b"0123456789abcdefABCDEF"):
-            raise FramingError("a chunk size is not a hexadecimal number")
-        size = int(digits, 16)
+        size = _chunk_size(line)
         self._in_trailer = size == 0
         self._missing = size + 2 if size else 0
+
+
+def _whole_chunk(data: bytes) -> bytes:
+    """The content of one chunk where the bytes are just that, as most reads from an engine are."""
+    at = data.find(b"\r\n") + 2
+    if not 3 <= at <= MAX_SIZE_LINE or not data.endswith(b"\r\n"):
+        return b""
+    size = _chunk_size(data[: at - 2])
+    return data[at:-2] if size and len(data) == at + size + 2 else b""
+
+
+@lru_cache(maxsize=1024)  # the chunks of streams have few different sizes
+def _chunk_size(line: bytes) -> int:
+    digits = line.partition(b";")[0].strip()
+    if not digits or digits.strip(b"0123456789abcdefABCDEF"):
+        raise FramingError("a chunk size is not a hexadecimal number")
+    return int(digits, 16)

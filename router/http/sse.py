@@ -13,8 +13,10 @@ import msgspec
 
 # vLLM echoes the prompt's ids in the first event: 8 bytes a token, a million tokens.
 MAX_EVENT_BYTES = 16 * 1024 * 1024
-_IDS = b'"token_ids":'
-_PROMPT_IDS = b'"prompt_token_ids":'
+_IDS = b'token_ids":'  # the end of `"token_ids":` and of `"prompt_token_ids":`
+_PROMPT = b'"prompt_'
+_NULL = len("null")
+_QUOTE, _BRACKET, _COMMA = b'"],'
 _DONE = b"data: [DONE]"
 _ERROR = (b'data: {"error"', b'data:{"error"')
 
@@ -69,19 +71,15 @@ class EventStream:
 
     def feed(self, data: bytes) -> bytes:
         """Whole events out; the rest is held until its end arrives. Raises StreamTooLong."""
+        if not self._held and data.endswith(b"\n\n") and data.find(b"\n") == len(data) - 2:
+            return self._event(data)  # one event of one line: what most reads from an engine are
         if self._held:
             data, self._held = self._held + data, b""
         if b"\r" in data:
             data = data.replace(b"\r\n", b"\n")
-        end = data.rfind(b"\n\n") + 2
-        if end < 2:
-            end = 0
-        if end < len(data):
-            self._hold(data[end:])
-        if not end:
-            return b""
-        out = [self._event(event) for event in data[: end - 2].split(b"\n\n")]
-        return out[0] if len(out) == 1 else b"".join(out)
+        *events, rest = data.split(b"\n\n")
+        self._hold(rest)
+        return b"".join([self._event(event + b"\n\n") for event in events])
 
     @property
     def token_ids(self) -> list[int]:
@@ -94,62 +92,53 @@ class EventStream:
         self._held = data
 
     def _event(self, event: bytes) -> bytes:
-        """One event without its blank line; what remains of it, with."""
-        at = event.find(_IDS)
-        if at > 0:
-            return self._output(event, at)
+        """One event with its blank line; what remains of it."""
+        at = event.rfind(_IDS)
+        if at >= 0:
+            return self._with_ids(event, at)
         if event.startswith(_DONE):
             self.done = True
-            return b"" if self.error is not None else b"data: [DONE]\n\n"
+            return b"" if self.error is not None else event
         if event.startswith(_ERROR):
-            self.error = event
+            self.error = event.rstrip()
         elif b'"choices":[]' in event and b'"usage":' in event:
             self.usage = _decode_usage(event[event.index(b"{") :]).usage
-            if not self.keep_usage:
-                return b""
+            return event if self.keep_usage else b""
         else:
             # An engine that knows nothing of token ids; the event that only names the role is no output.
             self.events += b'"choices":[{' in event and b'"role":' not in event
-            return self._without_prompt(event)
-        return event + b"\n\n"
+        return event
 
-    def _output(self, event: bytes, at: int) -> bytes:
-        """An event with output tokens: notes their ids, cuts them, drops what is empty then."""
-        while at > 0:
-            begin = at + len(_IDS)
-            if event[begin : begin + 1] == b"[":
-                end = event.find(b"]", begin) + 1
-                self._ids += event[begin + 1 : end - 1]
-                self._ids += b","
-            else:  # null
-                end = begin + 4
-            if self.keep_ids:
-                at = event.find(_IDS, end)
-            else:
-                event, at = _cut(event, at, end)
-                at = event.find(_IDS, at)
-        if self.keep_ids:
-            self.events += 1
-            return event + b"\n\n"
-        if b'"delta":{}' in event and b'"finish_reason":null' in event and b'"logprobs":null' in event:
+    def _with_ids(self, event: bytes, at: int) -> bytes:
+        """An event with token ids: notes the output's, cuts all of them, drops what is empty then."""
+        output = False
+        while at >= 0:
+            begin, value = at, at + len(_IDS)
+            end = event.find(b"]", value) + 1 if event.startswith(b"[", value) else value + _NULL
+            if event[at - 1] == _QUOTE:
+                begin, output = at - 1, True
+                if event[end - 1] == _BRACKET:
+                    self._ids += event[value + 1 : end - 1] + b","
+            elif event.endswith(_PROMPT, 0, at):
+                begin = at - len(_PROMPT)
+            if begin < at and not self.keep_ids:
+                event = _cut(event, begin, end)
+            at = event.rfind(_IDS, 0, begin)
+        if output and not self.keep_ids and _is_empty(event):
             return b""
-        self.events += 1
-        return self._without_prompt(event)
-
-    def _without_prompt(self, event: bytes) -> bytes:
-        """vLLM echoes the whole prompt's ids in the first event."""
-        at = -1 if self.keep_ids else event.find(_PROMPT_IDS)
-        if at < 0:
-            return event + b"\n\n"
-        begin = at + len(_PROMPT_IDS)
-        end = event.find(b"]", begin) + 1 if event[begin : begin + 1] == b"[" else begin + 4
-        return _cut(event, at, end)[0] + b"\n\n"
+        self.events += output
+        return event
 
 
-def _cut(event: bytes, begin: int, end: int) -> tuple[bytes, int]:
-    """The event without the member at [begin, end) and one comma beside it; and where the cut was."""
-    if event[begin - 1 : begin] == b",":
+def _cut(event: bytes, begin: int, end: int) -> bytes:
+    """The event without the member at [begin, end) and one comma beside it."""
+    if event[begin - 1] == _COMMA:
         begin -= 1
-    elif event[end : end + 1] == b",":
+    elif event[end] == _COMMA:
         end += 1
-    return event[:begin] + event[end:], begin
+    return event[:begin] + event[end:]
+
+
+def _is_empty(event: bytes) -> bool:
+    """A chunk of chat that says nothing: vLLM sends it for its token ids alone."""
+    return b'"delta":{}' in event and b'"finish_reason":null' in event and b'"logprobs":null' in event
