@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated
 from urllib.parse import urlsplit
 
 import httpx
-from prometheus_client.parser import text_string_to_metric_families
+import msgspec
 
 from router.core.fleet import Fleet, Replica, State
 from router.errors import EngineUnreachable
@@ -39,44 +40,62 @@ class Endpoint:
     engine: str = "unknown"
 
 
+class _Model(msgspec.Struct):
+    id: str
+    max_model_len: int | None = None
+
+
+class _Listing(msgspec.Struct):
+    """`/v1/models`: the model, then its adapters."""
+
+    data: Annotated[list[_Model], msgspec.Meta(min_length=1)]
+
+
+class _EventSource(msgspec.Struct):
+    """One data-parallel rank in vLLM's `/kv_event_sources`."""
+
+    endpoint: str | None = None
+    replay_endpoint: str | None = None
+
+
 async def learn(client: httpx.AsyncClient, endpoint: Endpoint) -> Replica:
     """Asks an engine for its models, block size and KV-event sockets. Raises EngineUnreachable."""
     try:
         listing = await client.get(f"{endpoint.url}/v1/models")
         listing.raise_for_status()
-        models = listing.json()["data"]
+        models = msgspec.json.decode(listing.content, type=_Listing).data
         metrics = await client.get(f"{endpoint.url}/metrics")
-        events = await client.get(f"{endpoint.url}/kv_event_sources")
-        source = events.json().get("0", {}) if events.status_code == 200 else {}
-        return Replica(
-            id=endpoint.id,
-            url=endpoint.url,
-            models=tuple(model["id"] for model in models),
-            engine=endpoint.engine,
-            block_size=block_size_of(metrics.text) if metrics.status_code == 200 else None,
-            max_model_len=next((m["max_model_len"] for m in models if m.get("max_model_len")), None),
-            kv_events=reachable(source.get("endpoint"), endpoint.url),
-            kv_replay=reachable(source.get("replay_endpoint"), endpoint.url),
-        )
-    except (httpx.HTTPError, ValueError, KeyError, TypeError, AttributeError) as error:
+        sources = await client.get(f"{endpoint.url}/kv_event_sources")
+        source = _event_source(sources) if sources.is_success else _EventSource()
+    except (httpx.HTTPError, msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise EngineUnreachable(
             f"{endpoint.url} does not answer as vLLM: {error or type(error).__name__}"
         ) from error
+    return Replica(
+        id=endpoint.id,
+        url=endpoint.url,
+        models=tuple(model.id for model in models),
+        engine=endpoint.engine,
+        block_size=block_size_of(metrics.text) if metrics.is_success else None,
+        max_model_len=next((m.max_model_len for m in models if m.max_model_len), None),
+        kv_events=reachable(source.endpoint, endpoint.url),
+        kv_replay=reachable(source.replay_endpoint, endpoint.url),
+    )
+
+
+def _event_source(reply: httpx.Response) -> _EventSource:
+    return msgspec.json.decode(reply.content, type=dict[str, _EventSource]).get("0", _EventSource())
 
 
 def block_size_of(metrics: str) -> int | None:
     """The KV block size from vLLM's metrics (tokens), None where it is not told."""
-    for family in text_string_to_metric_families(metrics):
-        if family.name.startswith("vllm:cache_config"):
-            for sample in family.samples:
-                size = sample.labels.get("block_size", "")
-                return int(size) if size.isdigit() else None
-    return None
+    found = re.search(r'^vllm:cache_config_info\{[^}\n]*\bblock_size="(\d+)"', metrics, re.MULTILINE)
+    return int(found[1]) if found else None
 
 
-def reachable(bound: Any, url: str) -> str | None:
+def reachable(bound: str | None, url: str) -> str | None:
     """A ZMQ endpoint as others reach it: an engine names what it bound, often `tcp://*:5557`."""
-    if not isinstance(bound, str):
+    if bound is None:
         return None
     host = urlsplit(url).hostname or "127.0.0.1"
     return bound.replace("//*:", f"//{host}:").replace("//0.0.0.0:", f"//{host}:")
@@ -115,17 +134,18 @@ class Watch:
         self._fleet.left(replica_id)
 
     def suspect(self, replica_id: str) -> None:
-        """A request failed there: look at once."""
+        """A request broke there: look at once."""
         if (look := self._looks.get(replica_id)) is not None:
             look.set()
 
-    def failed(self, replica_id: str) -> None:
+    def unreachable(self, replica_id: str) -> None:
         """The replica cannot be reached: it gets nothing more until it answers."""
-        if self._fleet.failed(replica_id, self._now()):
-            standing = self._fleet.get(replica_id)
-            assert standing is not None
-            self._metrics.replica_failures.labels(standing.replica.models[0]).inc()
-            log.warning("replica %s does not answer at %s", replica_id, standing.replica.url)
+        if not self._fleet.failed(replica_id, self._now()):
+            return
+        standing = self._fleet.get(replica_id)
+        assert standing is not None
+        self._metrics.of(standing.replica.models[0]).replica_failures.inc()
+        log.warning("replica %s does not answer at %s", replica_id, standing.replica.url)
         self.suspect(replica_id)
 
     @property
@@ -138,7 +158,7 @@ class Watch:
             await self._pause(endpoint.id)
             down = self._down(endpoint.id)
             if not await self._answers(endpoint.url):
-                self.failed(endpoint.id)
+                self.unreachable(endpoint.id)
             elif down:
                 await self._admit(endpoint)  # what answers there may be another engine than before
 

@@ -1,13 +1,15 @@
 """Every metric of the router, once.
 
-Prometheus names with the prefix `herd_` and base units. Children are looked up once per replica or request
-kind, not once per chunk: a label lookup costs more than the observation.
+Prometheus names with the prefix `herd_` and base units. The children of a model are looked up once: a lookup
+by labels costs more than the observation.
 """
 
 from __future__ import annotations
 
 from collections import Counter as Tally
 from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache, lru_cache
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
@@ -23,100 +25,95 @@ OVERHEAD_BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 
 RETRY_REASONS = ("connect", "cut")
 
 
+@dataclass(frozen=True, slots=True)
+class ModelMetrics:
+    """What is counted and timed of one model's requests."""
+
+    ttft: Histogram
+    duration: Histogram
+    prompt_tokens: Counter
+    cached_tokens: Counter
+    output_tokens: Counter
+    events: Counter
+    disconnects: Counter
+    truncated: Counter
+    replica_failures: Counter
+    retries: dict[str, Counter]
+
+
 class Metrics:
     """The metrics of one router process, in a registry of its own so that several can live in one test."""
 
     def __init__(self) -> None:
-        self.registry = registry = CollectorRegistry()
-        ProcessCollector(registry=registry)
-        self.requests = Counter(
-            "herd_requests",
-            "Requests answered, by model, path and HTTP status.",
-            ["model", "path", "code"],
-            registry=registry,
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        requests = self._counter("requests", "Requests answered, by HTTP status.", "model", "path", "code")
+        self._retries = self._counter(
+            "retries", "Requests placed again after a replica failed them.", "model", "reason"
         )
-        self.in_flight = Gauge(
-            "herd_requests_in_flight", "Requests at a replica now.", ["model", "replica"], registry=registry
-        )
-        self.ttft = Histogram(
-            "herd_time_to_first_token_seconds",
-            "From the request's last byte to the first token passed on.",
-            ["model"],
-            buckets=TTFT_BUCKETS,
-            registry=registry,
-        )
-        self.duration = Histogram(
-            "herd_request_duration_seconds",
-            "From the request's last byte to the reply's last.",
-            ["model"],
-            buckets=DURATION_BUCKETS,
-            registry=registry,
-        )
+        self._of_model = {
+            "ttft": self._histogram(
+                "time_to_first_token_seconds",
+                "From the request's last byte to the first token passed on.",
+                TTFT_BUCKETS,
+            ),
+            "duration": self._histogram(
+                "request_duration_seconds",
+                "From the request's last byte to the reply's last.",
+                DURATION_BUCKETS,
+            ),
+            "prompt_tokens": self._counter("prompt_tokens", "Prompt tokens, as engines reported them."),
+            "cached_tokens": self._counter(
+                "cached_tokens", "Prompt tokens found in KV cache, as engines reported them."
+            ),
+            "output_tokens": self._counter("output_tokens", "Tokens generated, as engines reported them."),
+            "events": self._counter("stream_events", "Events of streams passed on to clients."),
+            "disconnects": self._counter("client_disconnects", "Requests given up because the client left."),
+            "truncated": self._counter(
+                "streams_truncated", "Streams that ended in an error after their first byte."
+            ),
+            "replica_failures": self._counter(
+                "replica_failures", "Times a replica was taken out of traffic."
+            ),
+        }
         self.overhead = Histogram(
             "herd_router_overhead_seconds",
             "From the request's last byte until it was sent to a replica.",
             buckets=OVERHEAD_BUCKETS,
-            registry=registry,
+            registry=self.registry,
         )
-        self.prompt_tokens = Counter(
-            "herd_prompt_tokens", "Prompt tokens, as engines reported them.", ["model"], registry=registry
-        )
-        self.cached_tokens = Counter(
-            "herd_cached_tokens",
-            "Prompt tokens found in KV cache, as engines reported them.",
-            ["model"],
-            registry=registry,
-        )
-        self.output_tokens = Counter(
-            "herd_output_tokens", "Tokens generated, as engines reported them.", ["model"], registry=registry
-        )
-        self.chunks = Counter(
-            "herd_stream_events", "Events of streams passed on to clients.", ["model"], registry=registry
-        )
-        self.retries = Counter(
-            "herd_retries",
-            "Requests placed again after a replica failed them.",
-            ["model", "reason"],
-            registry=registry,
-        )
-        self.aborted = Counter(
-            "herd_client_disconnects",
-            "Requests given up because the client left.",
-            ["model"],
-            registry=registry,
-        )
-        self.truncated = Counter(
-            "herd_streams_truncated",
-            "Streams that ended in an error after their first byte.",
-            ["model"],
-            registry=registry,
-        )
-        self.replicas = Gauge(
-            "herd_replicas", "Replicas by model and state.", ["model", "state"], registry=registry
-        )
-        self.replica_failures = Counter(
-            "herd_replica_failures", "Times a replica was taken out of traffic.", ["model"], registry=registry
-        )
-        self.connections = Gauge("herd_client_connections", "Open client connections.", registry=registry)
+        self.connections = self._gauge("client_connections", "Open client connections.")
+        self._replicas = self._gauge("replicas", "Replicas by state.", "model", "state")
+        self._in_flight = self._gauge("requests_in_flight", "Requests at a replica now.", "model", "replica")
+        self.requests = lru_cache(maxsize=4096)(requests.labels)  # (model, path, code)
+        self.of = cache(self._born)  # (model), only of models that exist
 
     def observe(self, fleet: Fleet, promised: Iterable[str]) -> None:
         """Sets what is a state of the fleet, not an event; called when metrics are read.
 
-        Replicas that left are forgotten, since ids are new with every start. Counters of trouble begin at
-        zero for every model: `increase()` does not see a counter that is born at one.
+        Replicas that left are forgotten, since ids are new with every start. A model's counters begin at zero
+        when it is known: `increase()` does not see a counter that is born at one.
         """
-        self.replicas.clear()
-        self.in_flight.clear()
+        self._replicas.clear()
+        self._in_flight.clear()
         tally = Tally((model, s.state) for s in fleet for model in s.replica.models)
         for model in {*promised, *fleet.models()}:
-            self._be_born(model)
+            self.of(model)
             for state in State:
-                self.replicas.labels(model, state).set(tally[model, state])
+                self._replicas.labels(model, state).set(tally[model, state])
         for standing in fleet:
-            self.in_flight.labels(standing.replica.models[0], standing.id).set(standing.in_flight)
+            self._in_flight.labels(standing.replica.models[0], standing.id).set(standing.in_flight)
 
-    def _be_born(self, model: str) -> None:
-        for counter in (self.truncated, self.aborted, self.replica_failures):
-            counter.labels(model)
-        for reason in RETRY_REASONS:
-            self.retries.labels(model, reason)
+    def _born(self, model: str) -> ModelMetrics:
+        retries = {reason: self._retries.labels(model, reason) for reason in RETRY_REASONS}
+        children = {name: family.labels(model) for name, family in self._of_model.items()}
+        return ModelMetrics(**children, retries=retries)
+
+    def _counter(self, name: str, help_: str, *labels: str) -> Counter:
+        return Counter(f"herd_{name}", help_, labels or ("model",), registry=self.registry)
+
+    def _histogram(self, name: str, help_: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(f"herd_{name}", help_, ("model",), buckets=buckets, registry=self.registry)
+
+    def _gauge(self, name: str, help_: str, *labels: str) -> Gauge:
+        return Gauge(f"herd_{name}", help_, labels, registry=self.registry)

@@ -12,8 +12,6 @@ import os
 import time
 from dataclasses import dataclass
 
-import msgspec
-
 from router import openai_api
 from router.core.fleet import Fleet, Flight
 from router.core.placement import Placement, Policy
@@ -29,27 +27,18 @@ from router.errors import (
     UpstreamError,
 )
 from router.health import Watch
-from router.http.server import Headers, Reply, Request
-from router.http.sse import EventStream, StreamTooLong, Usage, WithUsage
+from router.http import headers
+from router.http.server import Reply, Request
+from router.http.sse import EventStream, StreamTooLong, Usage, usage_of
 from router.http.upstream import Exchange, Head, Upstream
-from router.metrics import Metrics
+from router.metrics import Metrics, ModelMetrics
 
 log = logging.getLogger(__name__)
 
 JSON = (b"content-type", b"application/json")
-# RFC 9110 7.6.1, and what the router writes itself. The engine must not compress what is to be read along.
-_NOT_FORWARDED = frozenset(
-    b"connection keep-alive proxy-connection proxy-authorization te trailer transfer-encoding upgrade "
-    b"host content-length expect accept-encoding x-request-id".split()
-)
-_NOT_RETURNED = frozenset(
-    b"connection keep-alive proxy-connection proxy-authenticate te trailer transfer-encoding upgrade "
-    b"content-length x-request-id".split()
-)
 MAX_REQUEST_ID = 128  # longer ones are not identifiers; they would end up in logs and engine ids
 # How long a client is asked to wait when no replica can serve it: a replica is probed every 0.25 s.
 RETRY_AFTER_S = 1
-_decode_usage = msgspec.json.Decoder(WithUsage).decode
 
 
 @dataclass(slots=True)
@@ -60,6 +49,7 @@ class Journey:
     request: Request
     request_id: bytes
     reply: Reply
+    metrics: ModelMetrics
     flight: Flight | None = None
 
 
@@ -94,20 +84,20 @@ class Relay:
             else:
                 call = self._read(request)
                 model = call.model
-                await self._carry(Journey(call, request, request_id, reply))
+                await self._carry(Journey(call, request, request_id, reply, self._metrics.of(model)))
             code = reply.status
         except ApiError as error:
             code = error.status
             self._tell(error, reply, request_id)
         except asyncio.CancelledError:
-            self._metrics.aborted.labels(model).inc()
+            self._metrics.of(model).disconnects.inc()
             raise
         except Exception:
             code = 500
             log.exception("request %s failed", request_id.decode("latin-1"))
             self._tell(ApiError("The router failed on this request"), reply, request_id)
         finally:
-            self._metrics.requests.labels(model, path, str(code)).inc()
+            self._metrics.requests(model, path, str(code)).inc()
 
     # -- what the router answers itself
 
@@ -116,11 +106,11 @@ class Relay:
             raise UnknownRoute(f"Nothing is served at {request.method} {request.path}")
         if request.method not in ("GET", "HEAD"):
             raise MethodNotAllowed(f"{request.path} takes GET")
-        headers = [JSON, (b"x-request-id", request_id)]
+        said = [JSON, (b"x-request-id", request_id)]
         if request.path == "/v1/models":
-            reply.send(200, headers, openai_api.models_body(self._promised, self._fleet, self._started))
+            reply.send(200, said, openai_api.models_body(self._promised, self._fleet, self._started))
         elif request.path == "/health" or self.ready:
-            reply.send(200, headers, b'{"status":"ok"}')
+            reply.send(200, said, b'{"status":"ok"}')
         else:
             raise NoCapacity("Not every model has a ready replica", retry_after=RETRY_AFTER_S)
 
@@ -197,13 +187,13 @@ class Relay:
         finally:
             journey.reply.detach()
         elapsed = asyncio.get_running_loop().time() - journey.request.received_at
-        self._metrics.duration.labels(journey.call.model).observe(elapsed)
+        journey.metrics.duration.observe(elapsed)
 
     async def _stream(self, journey: Journey, exchange: Exchange) -> None:
         """A stream of chunks, read along: first token, token ids, usage, its true end."""
         call, reply = journey.call, journey.reply
         events = EventStream(keep_ids=call.wants_ids, keep_usage=call.wants_usage)
-        reply.start(exchange.head.status, returned_headers(exchange.head, journey.request_id))
+        reply.start(exchange.head.status, returned(exchange.head, journey.request_id))
 
         def sink(data: bytes) -> None:
             out = events.feed(data)
@@ -216,11 +206,14 @@ class Relay:
             await exchange.body(sink)
         except StreamTooLong as error:
             raise ReplyCut(str(error)) from None
+        except ReplyCut:
+            if not events.done:
+                raise
         finally:
-            self._metrics.chunks.labels(call.model).inc(events.events)
-            self._count(call.model, events.usage)
+            journey.metrics.events.inc(events.events)
+            count(journey.metrics, events.usage)
         if events.error is not None:
-            self._metrics.truncated.labels(call.model).inc()
+            journey.metrics.truncated.inc()
             reply.close_after()
         elif not events.done:
             raise ReplyCut("the replica ended its stream without [DONE]")
@@ -233,15 +226,14 @@ class Relay:
         body = b"".join(parts)
         if exchange.head.status == 200:
             self._first_token(journey)
-            self._count(journey.call.model, _decode_usage(body).usage)
-        headers = returned_headers(exchange.head, journey.request_id)
-        journey.reply.send(exchange.head.status, headers, body)
+            count(journey.metrics, usage_of(body))
+        journey.reply.send(exchange.head.status, returned(exchange.head, journey.request_id), body)
 
     async def _verbatim(self, journey: Journey, exchange: Exchange) -> None:
         """A reply that the router does not read."""
         length = exchange.head.header(b"content-length")
-        headers = returned_headers(exchange.head, journey.request_id)
-        journey.reply.start(exchange.head.status, headers, int(length) if length is not None else None)
+        size = int(length) if length is not None else None
+        journey.reply.start(exchange.head.status, returned(exchange.head, journey.request_id), size)
 
         def sink(data: bytes) -> None:
             if journey.flight is not None and journey.flight.first_token_at is None:
@@ -257,13 +249,7 @@ class Relay:
         assert journey.flight is not None
         now = asyncio.get_running_loop().time()
         self._fleet.first_token(journey.flight, now)
-        self._metrics.ttft.labels(journey.call.model).observe(now - journey.request.received_at)
-
-    def _count(self, model: str, usage: Usage | None) -> None:
-        if usage is not None:
-            self._metrics.prompt_tokens.labels(model).inc(usage.prompt_tokens)
-            self._metrics.cached_tokens.labels(model).inc(usage.cached_tokens)
-            self._metrics.output_tokens.labels(model).inc(usage.completion_tokens or 0)
+        journey.metrics.ttft.observe(now - journey.request.received_at)
 
     # -- what goes wrong
 
@@ -271,16 +257,16 @@ class Relay:
         log.warning("replica %s: %s", replica_id, error)
         if isinstance(error, ConnectFailed):
             reason = "connect"
-            self._watch.failed(replica_id)
+            self._watch.unreachable(replica_id)
         else:
             reason = "cut"
             self._watch.suspect(replica_id)
         if not journey.reply.started:
-            self._metrics.retries.labels(journey.call.model, reason).inc()
+            journey.metrics.retries[reason].inc()
 
     def _break_off(self, journey: Journey, error: UpstreamError) -> None:
         """The client has part of the reply: say that the rest is missing, never end as if it were whole."""
-        self._metrics.truncated.labels(journey.call.model).inc()
+        journey.metrics.truncated.inc()
         reply = journey.reply
         reply.close_after()
         if journey.call.transformed:
@@ -293,10 +279,10 @@ class Relay:
         if reply.started:
             reply.abort()
             return
-        headers = [JSON, (b"x-request-id", request_id)]
+        said = [JSON, (b"x-request-id", request_id)]
         if error.retry_after is not None:
-            headers.append((b"retry-after", b"%d" % error.retry_after))
-        reply.send(error.status, headers, openai_api.error_body(error))
+            said.append((b"retry-after", b"%d" % error.retry_after))
+        reply.send(error.status, said, openai_api.error_body(error))
 
     # -- connections
 
@@ -335,26 +321,21 @@ def upstream_message(journey: Journey, authority: bytes) -> bytes:
         b"content-length: %d" % len(body),
         b"x-request-id: " + journey.request_id,
     ]
-    dropped = _NOT_FORWARDED | named_by_connection(journey.request.headers)
-    lines += [b"%b: %b" % (name, value) for name, value in journey.request.headers if name not in dropped]
+    lines += [b"%b: %b" % header for header in headers.to_engine(journey.request.headers)]
     return b"\r\n".join(lines) + b"\r\n\r\n" + body
 
 
-def returned_headers(head: Head, request_id: bytes) -> Headers:
+def returned(head: Head, request_id: bytes) -> headers.Headers:
     """The engine's headers for the client, and the request's id."""
-    dropped = _NOT_RETURNED | named_by_connection(head.headers)
-    headers = [(name, value) for name, value in head.headers if name not in dropped]
-    headers.append((b"x-request-id", request_id))
-    return headers
+    return [*headers.to_client(head.headers), (b"x-request-id", request_id)]
 
 
-def named_by_connection(headers: Headers) -> frozenset[bytes]:
-    """Headers that `connection:` says are for this hop only."""
-    names: set[bytes] = set()
-    for name, value in headers:
-        if name == b"connection":
-            names.update(token.strip().lower() for token in value.split(b","))
-    return frozenset(names)
+def count(metrics: ModelMetrics, usage: Usage | None) -> None:
+    """Adds an engine's token counts."""
+    if usage is not None:
+        metrics.prompt_tokens.inc(usage.prompt_tokens)
+        metrics.cached_tokens.inc(usage.cached_tokens)
+        metrics.output_tokens.inc(usage.completion_tokens or 0)
 
 
 def is_event_stream(head: Head) -> bool:

@@ -94,10 +94,10 @@ class Fleet:
     def failed(self, replica_id: str, now: float) -> bool:
         """No connection to the replica: it gets nothing more until it recovers. True if that is news."""
         standing = self._standings.get(replica_id)
-        if standing is None:
+        if standing is None or not self._move(standing, State.DOWN, now):
             return False
         standing.failures += 1
-        return self._move(standing, State.DOWN, now)
+        return True
 
     def recovered(self, replica_id: str, now: float) -> bool:
         """The replica answered a probe. True if it had been down."""

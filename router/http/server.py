@@ -20,17 +20,17 @@ import httptools
 from pydantic import BaseModel, ConfigDict, Field
 
 from router.errors import ApiError, BadRequest, ClientTimeout, HeadTooLarge, ListenError, TooLarge
+from router.http.headers import Headers, first
 
 log = logging.getLogger(__name__)
 
-Headers = list[tuple[bytes, bytes]]
 Handler = Callable[["Request", "Reply"], Awaitable[None]]
 # Writes the body of an error that the HTTP layer itself found: (error) -> JSON bytes.
 ErrorBody = Callable[[ApiError], bytes]
 
 BACKLOG = 4096  # connections the kernel holds while a burst is accepted
-# Requests read ahead on one connection before reading from it stops.
-MAX_PIPELINED = 8
+# Requests that may wait on one connection. Reading must go on beyond it, or a client's leaving is not seen.
+MAX_PIPELINED = 32
 # What is kept unsent for a slow client before its engine is no longer read from.
 HIGH_WATER_BYTES = 128 * 1024
 SWEEP_S = 1.0  # how often idle and slow connections are looked for
@@ -67,7 +67,7 @@ class Request:
 
     def header(self, name: bytes) -> bytes | None:
         """The first header of this (lower-case) name."""
-        return next((value for key, value in self.headers if key == name), None)
+        return first(self.headers, name)
 
 
 class Flow(Protocol):
@@ -85,7 +85,7 @@ class Reply:
         self._connection = connection
         self._no_body = request.method == "HEAD"
         self._keep_alive = request.keep_alive
-        self._may_chunk = request.version != "1.0"
+        self._old = request.version == "1.0"
         self._head = b""
         self._chunked = False
         self.source: Flow | None = None
@@ -98,15 +98,19 @@ class Reply:
         self.status, self._chunked = status, False
         lines = [b"HTTP/1.1 %d %b\r\n" % (status, _REASONS.get(status, b"Unknown"))]
         lines += [b"%b: %b\r\n" % pair for pair in headers]
-        if length is not None:
+        if status in (204, 304):
+            self._no_body = True
+        elif length is not None:
             lines.append(b"content-length: %d\r\n" % length)
-        elif self._may_chunk:
+        elif self._old:
+            self._keep_alive = False
+        else:
             self._chunked = True
             lines.append(b"transfer-encoding: chunked\r\n")
-        else:
-            self._keep_alive = False
         if not self._keep_alive:
             lines.append(b"connection: close\r\n")
+        elif self._old:
+            lines.append(b"connection: keep-alive\r\n")
         lines.append(b"\r\n")
         self._head = b"".join(lines)
 
@@ -172,17 +176,18 @@ class Connection(asyncio.Protocol):
         self._task: asyncio.Task[None] | None = None
         self._refusal: ApiError | None = None
         self._deaf = False  # nothing more is read from this client
-        self._paused = False  # reading is paused: enough requests wait
         self.clogged = False  # the client does not take what was written
         # The request being received, and since when; or since when none is.
         self._target = b""
         self._headers: Headers = []
-        self._body: list[bytes] = []
-        self._body_bytes = 0
-        self._received = 0
+        self._body = bytearray()
+        self._unspent = 0  # bytes received since the last that was payload
         self._in_head = False
         self._began_at: float | None = None
         self._quiet_since: float | None = self._loop.time()
+        # How much is unsent, and since when nothing of it was taken.
+        self._unsent = 0
+        self._stuck_since = 0.0
 
     # -- the transport's callbacks
 
@@ -200,18 +205,11 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._deaf:
             return
-        self._received += len(data)
-        try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            self._deaf = True  # the request is answered as if it had not asked; the parser cannot go on
-        except httptools.HttpParserError as error:
-            # llhttp wraps what a callback raised; our own refusals say what is wrong.
-            cause = error.__context__
-            self._refuse(cause if isinstance(cause, ApiError) else BadRequest(f"Malformed HTTP: {error}"))
-        else:
-            if self._in_head and self._received > self._server.limits.head_bytes:
-                self._refuse(HeadTooLarge("The request's headers are over the limit"))
+        self._unspent += len(data)
+        self._feed(data)
+        # A head, or trailers: the parser keeps what has no end yet.
+        if self._unspent > self._server.limits.head_bytes and not self._deaf:
+            self._refuse(HeadTooLarge("The request's headers are over the limit"))
 
     def pause_writing(self) -> None:
         self.clogged = True
@@ -228,8 +226,7 @@ class Connection(asyncio.Protocol):
     def on_message_begin(self) -> None:
         self._target = b""
         self._headers = []
-        self._body = []
-        self._body_bytes = 0
+        self._body = bytearray()
         self._in_head = True
         self._began_at, self._quiet_since = self._loop.time(), None
 
@@ -237,6 +234,8 @@ class Connection(asyncio.Protocol):
         self._target += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._in_head:
+            return  # a trailer, which must not pass for a header
         self._headers.append((name.lower(), value))
         if len(self._headers) > self._server.limits.headers:
             raise HeadTooLarge(f"More than {self._server.limits.headers} headers")
@@ -246,36 +245,70 @@ class Connection(asyncio.Protocol):
         size = len(self._target) + sum(len(name) + len(value) + 4 for name, value in self._headers)
         if size > self._server.limits.head_bytes:
             raise HeadTooLarge("The request's headers are over the limit")
-        for name, value in self._headers:
-            if name == b"content-length" and int(value) > self._server.limits.body_bytes:
-                raise TooLarge(f"The body is over the limit of {self._server.limits.body_bytes} bytes")
-            if name == b"expect" and value.lower() == b"100-continue" and self._task is None:
-                self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self._unspent = 0
+        length = first(self._headers, b"content-length")
+        if length is not None and int(length) > self._server.limits.body_bytes:
+            raise self._too_large()
+        if self._task is None and self._expects_continue():
+            self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def on_body(self, body: bytes) -> None:
-        self._body.append(body)
-        self._body_bytes += len(body)
-        if self._body_bytes > self._server.limits.body_bytes:
-            raise TooLarge(f"The body is over the limit of {self._server.limits.body_bytes} bytes")
+        self._unspent = 0
+        self._body += body
+        if len(self._body) > self._server.limits.body_bytes:
+            raise self._too_large()
 
     def on_message_complete(self) -> None:
-        self._received, self._began_at = 0, None
+        self._unspent, self._began_at = 0, None
+        if self._parser.should_upgrade():
+            return  # read again by _decline_upgrade
+        if len(self._waiting) == MAX_PIPELINED:
+            raise BadRequest(f"More than {MAX_PIPELINED} requests wait on this connection")
         self._waiting.append(
             Request(
                 method=self._parser.get_method().decode("ascii"),
                 target=self._target.decode("latin-1"),
                 headers=self._headers,
-                body=self._body[0] if len(self._body) == 1 else b"".join(self._body),
-                keep_alive=self._parser.should_keep_alive() and not self._parser.should_upgrade(),
+                body=bytes(self._body),
+                keep_alive=self._parser.should_keep_alive(),
                 version=self._parser.get_http_version(),
                 received_at=self._loop.time(),
             )
         )
         if self._task is None:
             self._next()
-        elif len(self._waiting) >= MAX_PIPELINED:
-            self._paused = True
-            self._transport.pause_reading()
+
+    def _expects_continue(self) -> bool:
+        expected = first(self._headers, b"expect")
+        new = self._parser.get_http_version() != "1.0"
+        return new and expected is not None and expected.lower() == b"100-continue"
+
+    def _too_large(self) -> TooLarge:
+        return TooLarge(f"The body is over the limit of {self._server.limits.body_bytes} bytes")
+
+    # -- reading
+
+    def _feed(self, data: bytes) -> None:
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            self._decline_upgrade(data[upgrade.args[0] :])
+        except httptools.HttpParserError as error:
+            # llhttp wraps what a callback raised; our own refusals say what is wrong.
+            cause = error.__context__
+            self._refuse(cause if isinstance(cause, ApiError) else BadRequest(f"Malformed HTTP: {error}"))
+
+    def _decline_upgrade(self, rest: bytes) -> None:
+        """Reads the request again as if it had not asked: the parser skips the body of one that does."""
+        method = self._parser.get_method()
+        if method == b"CONNECT":
+            self._refuse(BadRequest("This is no proxy"))
+            return
+        asked = (b"connection", b"upgrade", b"http2-settings")
+        lines = [b"%b %b HTTP/1.1" % (method, self._target)]
+        lines += [b"%b: %b" % header for header in self._headers if header[0] not in asked]
+        self._parser = httptools.HttpRequestParser(self)
+        self._feed(b"\r\n".join(lines) + b"\r\n\r\n" + rest)
 
     # -- one request after the other
 
@@ -310,9 +343,6 @@ class Connection(asyncio.Protocol):
             return
         if self._began_at is None:
             self._quiet_since = self._loop.time()
-        if self._paused:
-            self._paused = False
-            self._transport.resume_reading()
 
     def _refuse(self, error: ApiError) -> None:
         """What follows cannot be read: answer what came before it, then this error, then close."""
@@ -334,12 +364,22 @@ class Connection(asyncio.Protocol):
         self._transport.write(data)
 
     def sweep(self, now: float) -> None:
-        """Close when idle for too long; refuse a request that takes too long to arrive."""
+        """Refuses a request that takes too long to arrive, closes what is idle, cuts who takes nothing."""
         limits = self._server.limits
-        if self._began_at is not None and now - self._began_at > limits.receive_s:
+        if self._is_stuck(now):
+            self._transport.abort()
+        elif self._began_at is not None and now - self._began_at > limits.receive_s:
             self._refuse(ClientTimeout(f"The request did not arrive within {limits.receive_s:g} s"))
         elif self._quiet_since is not None and now - self._quiet_since > limits.idle_s:
             self._transport.close()
+
+    def _is_stuck(self, now: float) -> bool:
+        """Whether the client has taken nothing of what is unsent for as long as it may idle."""
+        unsent = self._transport.get_write_buffer_size()
+        if not unsent or unsent < self._unsent or not self._unsent:
+            self._stuck_since = now
+        self._unsent = unsent
+        return unsent > 0 and now - self._stuck_since > self._server.limits.idle_s
 
     def finish(self) -> None:
         """The server is leaving: close at once if idle, else after the reply under way."""
@@ -354,7 +394,8 @@ class Connection(asyncio.Protocol):
 
     @property
     def busy(self) -> bool:
-        return self._task is not None
+        """A request is being answered, or its answer is not sent whole yet."""
+        return self._task is not None or self._transport.get_write_buffer_size() > 0
 
 
 class Server:

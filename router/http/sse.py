@@ -15,9 +15,9 @@ import msgspec
 MAX_EVENT_BYTES = 16 * 1024 * 1024
 _IDS = b'token_ids":'  # the end of `"token_ids":` and of `"prompt_token_ids":`
 _PROMPT = b'"prompt_'
-_NULL = len("null")
 _QUOTE, _BRACKET, _COMMA = b'"],'
-_DONE = b"data: [DONE]"
+_DONE = (b"data: [DONE]", b"data:[DONE]")
+_NO_CHOICE = (b'"choices":[]', b'"choices": []')
 _ERROR = (b'data: {"error"', b'data:{"error"')
 
 
@@ -53,6 +53,14 @@ class WithUsage(msgspec.Struct):
 _decode_usage = msgspec.json.Decoder(WithUsage).decode
 
 
+def usage_of(reply: bytes) -> Usage | None:
+    """The usage in a reply or event, where it is told as vLLM tells it; the reply is good without."""
+    try:
+        return _decode_usage(reply).usage
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return None
+
+
 @dataclass(slots=True)
 class EventStream:
     """One stream on its way to the client: `feed` takes what the engine sent, returns what the client gets.
@@ -84,7 +92,12 @@ class EventStream:
     @property
     def token_ids(self) -> list[int]:
         """The ids of all output tokens so far."""
-        return [int(number) for number in bytes(self._ids).split(b",") if number]
+        return [int(number) for number in bytes(self._ids).split(b",") if number.strip()]
+
+    def _note(self, ids: bytes) -> None:
+        """Keeps `[1,2,3]`, or nothing of `null`."""
+        if ids[-1] == _BRACKET:
+            self._ids += ids.strip(b" []") + b","
 
     def _hold(self, data: bytes) -> None:
         if len(data) > MAX_EVENT_BYTES:
@@ -101,8 +114,8 @@ class EventStream:
             return b"" if self.error is not None else event
         if event.startswith(_ERROR):
             self.error = event.rstrip()
-        elif b'"choices":[]' in event and b'"usage":' in event:
-            self.usage = _decode_usage(event[event.index(b"{") :]).usage
+        elif b'"usage":' in event and (_NO_CHOICE[0] in event or _NO_CHOICE[1] in event):
+            self.usage = usage_of(event[event.find(b"{") :])
             return event if self.keep_usage else b""
         else:
             # An engine that knows nothing of token ids; the event that only names the role is no output.
@@ -113,13 +126,11 @@ class EventStream:
         """An event with token ids: notes the output's, cuts all of them, drops what is empty then."""
         output = False
         while at >= 0:
-            begin, value = at, at + len(_IDS)
-            end = event.find(b"]", value) + 1 if event.startswith(b"[", value) else value + _NULL
-            if event[at - 1] == _QUOTE:
+            begin, end = at, _end_of_ids(event, at + len(_IDS))
+            if event[at - 1] == _QUOTE and end:
                 begin, output = at - 1, True
-                if event[end - 1] == _BRACKET:
-                    self._ids += event[value + 1 : end - 1] + b","
-            elif event.endswith(_PROMPT, 0, at):
+                self._note(event[at + len(_IDS) : end])
+            elif event.endswith(_PROMPT, 0, at) and end:
                 begin = at - len(_PROMPT)
             if begin < at and not self.keep_ids:
                 event = _cut(event, begin, end)
@@ -128,6 +139,15 @@ class EventStream:
             return b""
         self.events += output
         return event
+
+
+def _end_of_ids(event: bytes, at: int) -> int:
+    """Where an array of numbers, or null, that begins here ends; 0 where something else stands."""
+    if event.startswith(b" ", at):
+        at += 1
+    if event.startswith(b"[", at):
+        return event.find(b"]", at) + 1
+    return at + 4 if event.startswith(b"null", at) else 0
 
 
 def _cut(event: bytes, begin: int, end: int) -> bytes:

@@ -19,7 +19,7 @@ import httptools
 
 from router.errors import ConnectFailed, ReplyCut
 from router.http.framing import Chunked, Framing, FramingError, Sized, UntilClose
-from router.http.server import Headers
+from router.http.headers import Headers, first
 
 Sink = Callable[[bytes], None]
 
@@ -40,7 +40,7 @@ class Head:
 
     def header(self, name: bytes) -> bytes | None:
         """The first header of this (lower-case) name."""
-        return next((value for key, value in self.headers if key == name), None)
+        return first(self.headers, name)
 
 
 class _HeadReader:
@@ -86,6 +86,7 @@ class Connection(asyncio.Protocol):
         self.exchanges = 0
         self.idle_since = 0.0
         self._lost = False
+        self._reset = False  # lost, and not by an orderly close
         self._clear()
 
     def _clear(self) -> None:
@@ -117,10 +118,11 @@ class Connection(asyncio.Protocol):
         self._end, self._sink = self._loop.create_future(), sink
         pending, self._buffer = self._buffer, b""
         if self._framing.done:
+            self._framing.rest = pending
             self._finish(None)
         elif pending:
             self._feed(pending)
-        if self._lost and not self._end.done():
+        if self._lost:
             self._closed_early()
         await self._end
 
@@ -133,7 +135,11 @@ class Connection(asyncio.Protocol):
             self.resume_reading()
             self._pool.keep(self)
         else:
-            self._transport.abort()
+            self.drop()
+
+    def drop(self) -> None:
+        """Ends the connection; whatever it was at is aborted."""
+        self._transport.abort()
 
     def pause_reading(self) -> None:
         """The client is slow: let the engine's bytes wait in its socket."""
@@ -159,11 +165,11 @@ class Connection(asyncio.Protocol):
             self._read_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._lost = True
+        self._lost, self._reset = True, exc is not None
         self._pool.forget(self)
         if self._head is not None and not self._head.done():
             self._head.set_exception(ReplyCut("the replica closed the connection before it replied"))
-        elif self._end is not None and not self._end.done():
+        elif self._end is not None:
             self._closed_early()
 
     # -- reading
@@ -172,29 +178,34 @@ class Connection(asyncio.Protocol):
         if self._head is None or self._head.done():  # bytes that nobody asked for
             self._transport.abort()
             return
-        end = self._buffer.find(b"\r\n\r\n")
-        if end < 0:
-            if len(self._buffer) > MAX_HEAD_BYTES:
-                self._fail(ReplyCut("the head of the reply has no end"))
-            return
         try:
-            head = _HeadReader().read(self._buffer[: end + 4])
-            if head.status < 200:  # 100 Continue and early hints: the reply follows
-                self._buffer = self._buffer[end + 4 :]
-                self._read_head()
+            head = self._take_head()
+            while head is not None and head.status < 200:  # 100 Continue, early hints: the reply follows
+                head = self._take_head()
+            if head is None:
                 return
             self._framing = framing_of(head)
-        except (httptools.HttpParserError, FramingError) as error:
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade, FramingError) as error:
             self._fail(ReplyCut(f"the reply is not HTTP: {error}"))
             return
         self._keep_alive = head.keep_alive
-        self._buffer = self._buffer[end + 4 :]
         self._head.set_result(head)
+
+    def _take_head(self) -> Head | None:
+        """The head that the buffer begins with, if all of it has come."""
+        end = self._buffer.find(b"\r\n\r\n") + 4
+        if end < 4:
+            if len(self._buffer) > MAX_HEAD_BYTES:
+                raise FramingError("its head has no end")
+            return None
+        head = _HeadReader().read(self._buffer[:end])
+        self._buffer = self._buffer[end:]
+        return head
 
     def _feed(self, data: bytes) -> None:
         assert self._framing is not None and self._sink is not None
-        if self._framing.done:
-            self._transport.abort()
+        if self._end is None or self._end.done():  # failed, or bytes behind the end: not to be used again
+            self._framing.rest = data
             return
         try:
             payload = self._framing.feed(data)
@@ -210,7 +221,7 @@ class Connection(asyncio.Protocol):
 
     def _closed_early(self) -> None:
         assert self._framing is not None
-        whole = self._framing.eof()
+        whole = self._framing.eof() and not (self._reset and isinstance(self._framing, UntilClose))
         self._finish(None if whole else ReplyCut("the replica closed the connection within its reply"))
 
     def _finish(self, error: Exception | None) -> None:
@@ -257,8 +268,8 @@ class Upstream:
         self.host = parts.hostname
         self.port = parts.port or 80
         self.authority = parts.netloc.encode("ascii")
-        self._idle: list[Connection] = []
-        self._open: set[Connection] = set()
+        self._idle: list[Connection] = []  # the latest used last
+        self._closed = False
 
     async def exchange(self, message: bytes) -> Exchange:
         """Sends one whole request. Raises ConnectFailed if it did not get there, else ReplyCut.
@@ -266,7 +277,7 @@ class Upstream:
         A kept connection may have been closed by the engine meanwhile, which says nothing of the engine:
         the request then goes out once more on a new one.
         """
-        while (connection := self._take()) is not None:
+        if (connection := self._take()) is not None:
             try:
                 return await self._send(connection, message)
             except ReplyCut:
@@ -282,13 +293,14 @@ class Upstream:
             raise
 
     def _take(self) -> Connection | None:
-        now = asyncio.get_running_loop().time()
-        while self._idle:
-            connection = self._idle.pop()
-            if now - connection.idle_since < IDLE_S:
-                return connection
-            connection.close()
-        return None
+        self._expire()
+        return self._idle.pop() if self._idle else None
+
+    def _expire(self) -> None:
+        """Closes what has been idle for too long."""
+        oldest = asyncio.get_running_loop().time() - IDLE_S
+        while self._idle and self._idle[0].idle_since < oldest:
+            self._idle.pop(0).drop()
 
     async def _connect(self) -> Connection:
         loop = asyncio.get_running_loop()
@@ -299,22 +311,24 @@ class Upstream:
                 )
         except (OSError, TimeoutError) as error:
             raise ConnectFailed(f"no connection to {self.host}:{self.port}: {error or 'timed out'}") from None
-        self._open.add(connection)
         return connection
 
     def keep(self, connection: Connection) -> None:
         """An exchange is over and its connection can serve another."""
+        if self._closed:
+            connection.drop()
+            return
+        self._expire()
         connection.idle_since = asyncio.get_running_loop().time()
         self._idle.append(connection)
 
     def forget(self, connection: Connection) -> None:
         """A connection is gone."""
-        self._open.discard(connection)
         with contextlib.suppress(ValueError):
             self._idle.remove(connection)
 
     def close(self) -> None:
-        """Ends idle connections; those in use end with their exchange."""
-        for connection in list(self._idle):
-            connection.close()
-        self._idle.clear()
+        """Ends idle connections now, those in use with their exchange."""
+        self._closed = True
+        while self._idle:
+            self._idle.pop().drop()

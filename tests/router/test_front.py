@@ -1,8 +1,9 @@
+import asyncio
 import contextlib
 import json
 
 import pytest
-from router_wire import VLLM_PAGES, answering, client, engine, post, reply, until
+from router_wire import VLLM_PAGES, WAIT_S, answering, client, engine, post, reply, until
 
 from router.config import RouterConfig
 from router.errors import ListenError
@@ -53,6 +54,7 @@ async def test_announced_replicas_serve_and_withdrawn_ones_do_not():
         for _ in range(2):
             assert (await said(front.port, CHAT))[0] == 200
         assert (len(first.requests), len(second.requests)) == (0, 2)
+        await asyncio.wait_for(first.disconnected.wait(), WAIT_S)  # nothing is kept open to who left
 
 
 async def test_the_admin_port_tells_the_fleet():

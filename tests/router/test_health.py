@@ -1,7 +1,10 @@
+import asyncio
+
 import httpx
 import pytest
 from router_wire import MODELS, VLLM_METRICS, VLLM_PAGES, answering, engine, reply, until
 
+from router import health
 from router.core.fleet import Fleet, State
 from router.errors import EngineUnreachable
 from router.health import Endpoint, Watch, block_size_of, learn, reachable
@@ -29,7 +32,15 @@ async def test_an_engine_without_events_or_metrics_is_taken_too():
 
 @pytest.mark.parametrize(
     "models",
-    [reply(b"", status="503 Service Unavailable"), reply(b"<html>"), reply(b"[]"), reply(b'{"data":[{}]}')],
+    [
+        reply(b"", status="503 Service Unavailable"),
+        reply(b"<html>"),
+        reply(b"[]"),
+        reply(b'{"data":[]}'),
+        reply(b'{"data":[{}]}'),
+        reply(b'{"data":[{"id":5}]}'),
+        reply(b"\xff"),
+    ],
 )
 async def test_what_is_not_vllm_is_told(models):
     with pytest.raises(EngineUnreachable, match=r"http://127.0.0.1:\d+ does not answer as vLLM"):
@@ -72,6 +83,27 @@ async def test_a_replica_is_followed_down_and_up_again():
         await until(lambda: bool(fleet.view("m").replicas))
         watch.drop("r")
         assert list(fleet) == []
+    await watch.stop()
+
+
+async def test_a_dead_replica_is_asked_four_times_a_second_and_not_more(monkeypatch):
+    monkeypatch.setattr(health, "PROBE_DOWN_S", 0.05)
+    fleet = Fleet()
+    watch = Watch(fleet, Metrics())
+    await watch.start()
+    pages = dict(VLLM_PAGES)
+    async with engine(answering(pages)) as (it, url):
+        watch.follow(Endpoint("r", url))
+        await until(lambda: bool(fleet.view("m").replicas))
+        pages[b"/health"] = reply(b"", status="503 Service Unavailable")
+        watch.suspect("r")
+        await until(lambda: fleet.get("r").state is State.DOWN)
+        loop = asyncio.get_running_loop()
+        it.requests.clear()
+        began = loop.time()
+        await until(lambda: len(it.requests) >= 6)
+        assert loop.time() - began > 4 * 0.05
+        assert fleet.get("r").failures == 1
     await watch.stop()
 
 

@@ -295,3 +295,56 @@ async def test_models_health_ready():
         fleet.failed("r0", now=0.0)
         assert (await get("/health"))[0] == 200
         assert (await get("/ready"))[0] == 503
+
+
+async def test_a_verbatim_reply_that_breaks_is_cut_and_not_ended():
+    cut = says(stream(b"event: x\n\n"), close=True)
+    async with engine(cut) as (_, url), relaying(url) as (_, _, port), client(port) as c:
+        await c.send(post("/v1/responses", b'{"model":"m","stream":true}'))
+        await c.head()
+        with pytest.raises((asyncio.IncompleteReadError, ConnectionResetError, ValueError)):
+            [chunk async for chunk in c.chunks()]
+
+
+async def test_headers_of_one_hop_do_not_come_back():
+    hops = b"connection: x-hop\r\nx-hop: 1\r\nx-end: 2\r\nkeep-alive: 5\r\ncontent-length: 2"
+    sent = b"HTTP/1.1 200 OK\r\n" + hops + b"\r\n\r\n{}"
+    async with engine(says(sent)) as (_, url), relaying(url) as (_, _, port):
+        _, headers, _ = await answered(port, chat())
+        assert headers["x-end"] == "2"
+        assert not {"x-hop", "keep-alive", "connection"} & headers.keys()
+
+
+@pytest.mark.parametrize("given", ["x" * 129, "caf\xe9", "a\tb"])
+async def test_a_request_id_that_is_none_is_replaced(given):
+    async with engine(says(reply(b"{}"))) as (it, url), relaying(url) as (_, _, port), client(port) as c:
+        await c.send(chat().replace(b"host: herd", b"host: herd\r\nx-request-id: " + given.encode("latin-1")))
+        headers = (await c.reply())[1]
+        assert len(headers["x-request-id"]) == 32
+        assert given.encode("latin-1") not in it.requests[0]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"not json", b'{"usage":{"prompt_tokens":null}}', b'{"usage":{"prompt_tokens":1.5}}', b'{"x":NaN}'],
+)
+async def test_a_good_reply_is_not_lost_for_want_of_counts(body):
+    async with engine(says(reply(body))) as (_, url), relaying(url) as (_, _, port):
+        status, _, told = await answered(port, chat())
+        assert (status, told) == (200, body)
+
+
+async def test_a_stream_cut_behind_its_done_was_whole():
+    async with (
+        engine(says(stream(ROLE, TEXT, DONE), close=True)) as (_, url),
+        relaying(url) as (relay, _, port),
+    ):
+        _, _, body = await answered(port, chat(stream=True))
+        assert body == ROLE_OUT + TEXT_OUT + DONE
+        assert metric(relay, "herd_streams_truncated_total", model="m") == 0
+
+
+async def test_before_any_replica_has_joined():
+    async with relaying() as (relay, _, port):
+        assert (await answered(port, chat()))[0] == 503
+        assert metric(relay, "herd_requests_total", model="", path=CHAT, code="503") == 1

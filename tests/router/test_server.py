@@ -54,7 +54,7 @@ async def test_pipelined_requests_are_answered_in_order():
             await asyncio.sleep(0.05)
         await echo(request, reply)
 
-    count = 3 * MAX_PIPELINED
+    count = MAX_PIPELINED + 1
     async with serving(slow_first) as (_, port), client(port) as c:
         await c.send(b"".join(post("/p", b"%d" % i) for i in range(count)))
         assert [(await c.reply())[2] for _ in range(count)] == [b"POST /p %d" % i for i in range(count)]
@@ -116,12 +116,116 @@ async def test_what_is_refused_and_how(sent, status):
         await until(lambda: not server.connections)
 
 
-async def test_an_upgrade_is_not_taken_up():
+@pytest.mark.parametrize(
+    "sized", [b"content-length: 4\r\n\r\nbody", b"transfer-encoding: chunked\r\n\r\n4\r\nbody\r\n0\r\n\r\n"]
+)
+async def test_an_upgrade_is_not_taken_up(sized):
+    asked = b"host: h\r\nconnection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AA\r\n"
     async with serving(echo) as (_, port), client(port) as c:
-        await c.send(b"GET /p HTTP/1.1\r\nhost: h\r\nconnection: upgrade\r\nupgrade: h2c\r\n\r\nPRI *")
-        status, headers, _ = await c.reply()
-        assert (status, headers["connection"]) == (200, "close")
-        assert await c.at_end()
+        for _ in range(2):  # the connection goes on
+            await c.send(b"POST /p HTTP/1.1\r\n" + asked + sized)
+            assert (await c.reply())[2] == b"POST /p body"
+
+
+async def test_an_upgrade_in_pieces():
+    sent = post("/p", b"body", "connection: upgrade", "upgrade: h2c")
+    for cut in range(1, len(sent)):
+        async with serving(echo) as (_, port), client(port) as c:
+            await c.send(sent[:cut])
+            await c.send(sent[cut:])
+            assert (await c.reply())[2] == b"POST /p body"
+
+
+async def test_this_is_no_proxy():
+    async with serving(echo) as (_, port), client(port) as c:
+        await c.send(b"CONNECT h:1 HTTP/1.1\r\nhost: h\r\n\r\n")
+        assert (await c.reply())[0] == 400
+
+
+async def test_too_many_pipelined_requests_are_refused_after_those_before_them():
+    go_on = asyncio.Event()
+
+    async def waits(request: Request, reply: Reply) -> None:
+        await go_on.wait()
+        await echo(request, reply)
+
+    async with serving(waits) as (_, port), client(port) as c:
+        await c.send(b"".join(post("/p", b"") for _ in range(MAX_PIPELINED + 2)))
+        go_on.set()
+        statuses = [(await c.reply())[0] for _ in range(MAX_PIPELINED + 2)]
+        assert statuses == [200] * (MAX_PIPELINED + 1) + [400]
+
+
+async def test_a_client_that_pipelines_much_and_leaves_is_noticed():
+    cancelled = asyncio.Event()
+
+    async def forever(request: Request, reply: Reply) -> None:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+
+    async with serving(forever) as (_, port):
+        async with client(port) as c:
+            await c.send(b"".join(post("/p", b"") for _ in range(2 * MAX_PIPELINED)))
+        await asyncio.wait_for(cancelled.wait(), 10)
+
+
+async def test_a_trailer_is_no_header():
+    async def told(request: Request, reply: Reply) -> None:
+        reply.send(200, [], repr(request.headers).encode())
+
+    async with serving(told) as (_, port), client(port) as c:
+        await c.send(CHUNKED + b"1\r\na\r\n0\r\nauthorization: x\r\n\r\n")
+        assert b"authorization" not in (await c.reply())[2]
+
+
+async def test_trailers_have_a_limit():
+    async with serving(echo, LIMITS) as (server, port), client(port) as c:
+        await c.send(CHUNKED + b"1\r\na\r\n0\r\n")
+        await until(lambda: any(connection._body for connection in server.connections))
+        await c.send(b"a: " + b"b" * 1100)
+        assert (await c.reply())[0] == 431
+
+
+async def test_http_1_0_may_keep_its_connection():
+    async with serving(echo) as (_, port), client(port) as c:
+        for _ in range(2):
+            await c.send(b"GET /p HTTP/1.0\r\nconnection: keep-alive\r\n\r\n")
+            assert (await c.reply())[1]["connection"] == "keep-alive"
+
+
+@pytest.mark.parametrize("status", [204, 304])
+async def test_a_status_without_a_body(status):
+    async def empty(request: Request, reply: Reply) -> None:
+        reply.start(status, [], 5)
+        reply.write(b"never")
+        reply.end()
+
+    async with serving(empty) as (_, port), client(port) as c:
+        for _ in range(2):
+            await c.send(b"GET /p HTTP/1.1\r\nhost: h\r\n\r\n")
+            assert await c.head() == (status, {})
+
+
+async def test_no_100_continue_before_a_refusal():
+    async with serving(echo, LIMITS) as (_, port), client(port) as c:
+        await c.send(b"POST /p HTTP/1.1\r\nexpect: 100-continue\r\ncontent-length: 101\r\n\r\n")
+        assert (await c.reply())[0] == 413
+
+
+async def test_a_handler_that_fails_ends_the_connection():
+    async def fails(request: Request, reply: Reply) -> None:
+        reply.start(200, [], 10)
+        reply.write(b"half")
+        raise RuntimeError("a bug")
+
+    async with serving(fails) as (server, port), client(port) as c:
+        await c.send(post("/p", b""))
+        await c.head()
+        assert await c.reader.read() == b"half"
+        await until(lambda: not server.connections)
 
 
 async def test_what_came_before_a_refusal_is_answered_first():
@@ -220,6 +324,54 @@ async def test_stop_lets_a_reply_end_and_takes_no_more():
         go_on.set()
         assert (await busy.reply())[2] == b"whole"
         await stopping
+
+
+async def test_stop_sends_what_is_unsent():
+    size = 64 * HIGH_WATER_BYTES
+
+    async def large(request: Request, reply: Reply) -> None:
+        reply.send(200, [], b"x" * size)
+
+    server = Server(large, error_body, Limits())
+    port = await server.start("127.0.0.1", 0)
+    async with client(port) as c:
+        await c.send(post("/p", b""))
+        await c.head()
+        stopping = asyncio.create_task(server.stop(10))
+        assert len(await c.reader.read(-1)) == size
+        await stopping
+
+
+async def test_a_reply_under_way_is_the_last_of_a_server_that_stops():
+    began, go_on = asyncio.Event(), asyncio.Event()
+
+    async def waits(request: Request, reply: Reply) -> None:
+        began.set()
+        await go_on.wait()
+        await echo(request, reply)
+
+    server = Server(waits, error_body, Limits())
+    port = await server.start("127.0.0.1", 0)
+    async with client(port) as c:
+        await c.send(post("/p", b"first") + post("/p", b"second"))
+        await began.wait()
+        stopping = asyncio.create_task(server.stop(10))
+        await asyncio.sleep(0)
+        go_on.set()
+        status, headers, body = await c.reply()
+        assert (status, body, headers["connection"]) == (200, b"POST /p first", "close")
+        assert await c.at_end()
+        await stopping
+
+
+async def test_a_client_that_takes_nothing_is_cut():
+    async def large(request: Request, reply: Reply) -> None:
+        reply.send(200, [], b"x" * 64 * HIGH_WATER_BYTES)
+
+    async with serving(large, Limits(idle_s=0.1)) as (server, port), client(port) as c:
+        await c.send(post("/p", b""))
+        await until(lambda: bool(server.connections))
+        await until(lambda: not server.connections)
 
 
 async def test_stop_cuts_what_outlasts_the_grace():

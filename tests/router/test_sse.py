@@ -147,3 +147,30 @@ def test_an_endless_event_is_refused():
     events = EventStream()
     with pytest.raises(StreamTooLong):
         events.feed(b"data: " + b"x" * MAX_EVENT_BYTES)
+
+
+@pytest.mark.parametrize(
+    ("sent", "passed", "ids"),
+    [
+        (b'data: {"a":"x","token_ids": [5, 6]}\n\n', b'data: {"a":"x"}\n\n', [5, 6]),
+        (b'data: {"token_ids": null, "a": 1}\n\n', b'data: { "a": 1}\n\n', []),
+        (b'data: {"token_ids":  [1]}\n\n', b'data: {"token_ids":  [1]}\n\n', []),
+        (b'data: {"token_ids":"many"}\n\n', b'data: {"token_ids":"many"}\n\n', []),
+        (b'data: {"their_token_ids":[1]}\n\n', b'data: {"their_token_ids":[1]}\n\n', []),
+    ],
+)
+def test_json_that_is_not_compact_is_cut_rightly_or_left_alone(sent, passed, ids):
+    events = EventStream()
+    assert events.feed(sent) == passed
+    assert events.token_ids == ids
+
+
+def test_usage_and_done_with_other_blanks():
+    events = EventStream()
+    assert (
+        events.feed(b'data: {"choices": [], "usage": {"prompt_tokens": 3}}\n\ndata:[DONE]\n\n')
+        == b"data:[DONE]\n\n"
+    )
+    assert events.usage is not None
+    assert events.usage.prompt_tokens == 3
+    assert events.done
