@@ -14,6 +14,7 @@ from router.core.placement import POLICIES
 from router.errors import ListenError
 from router.health import Endpoint, Watch
 from router.http.server import Server
+from router.http.upstream import Upstreams
 from router.metrics import Metrics
 from router.openai_api import error_body
 from router.relay import Relay
@@ -35,7 +36,9 @@ class FrontDoor:
         self.fleet = Fleet()
         self.metrics = Metrics()
         self._watch = Watch(self.fleet, self.metrics)
-        self._relay = Relay(self.fleet, POLICIES[config.policy], self.metrics, self._watch, promised)
+        self._upstreams = Upstreams()
+        policy = POLICIES[config.policy]
+        self._relay = Relay(self.fleet, policy, self.metrics, self._watch, self._upstreams, promised)
         admin = Admin(self.fleet, self.metrics, config.policy, promised)
         self._front = Server(self._relay, error_body, config.limits)
         self._admin = Server(admin, error_body, config.limits)
@@ -58,7 +61,7 @@ class FrontDoor:
             standing = self.fleet.get(gone)
             self._watch.drop(gone)
             if standing is not None:
-                self._relay.drop(standing.replica.url)
+                self._upstreams.drop(standing.replica.url)
         for new in announced.keys() - self._watch.followed:
             self._watch.follow(announced[new])
 
@@ -72,4 +75,4 @@ class FrontDoor:
         await self._front.stop(grace_s)
         await self._admin.stop(0)
         await self._watch.stop()
-        self._relay.close()
+        self._upstreams.close()

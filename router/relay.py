@@ -30,7 +30,7 @@ from router.health import Watch
 from router.http import headers
 from router.http.server import Reply, Request
 from router.http.sse import EventStream, StreamTooLong, Usage, usage_of
-from router.http.upstream import Exchange, Head, Upstream
+from router.http.upstream import Exchange, Head, Upstreams
 from router.metrics import Metrics, ModelMetrics
 
 log = logging.getLogger(__name__)
@@ -62,6 +62,7 @@ class Relay:
         policy: Policy,
         metrics: Metrics,
         watch: Watch,
+        upstreams: Upstreams,
         promised: tuple[str, ...] = (),
     ) -> None:
         self._fleet = fleet
@@ -69,7 +70,7 @@ class Relay:
         self._metrics = metrics
         self._watch = watch
         self._promised = promised
-        self._upstreams: dict[str, Upstream] = {}
+        self._upstreams = upstreams
         self._started = int(time.time())
 
     async def __call__(self, request: Request, reply: Reply) -> None:
@@ -159,18 +160,21 @@ class Relay:
         if placement is not None:
             return placement
         if tried:
-            raise UpstreamBroken(f"The request failed on {len(tried)} of {len(tried)} replicas of {model!r}")
+            raise UpstreamBroken(
+                f"The request failed on all {len(tried)} replicas of {model!r} that were ready"
+            )
         raise NoCapacity(f"No replica of {model!r} can take requests now", retry_after=RETRY_AFTER_S)
 
     async def _try(self, journey: Journey, placement: Placement) -> None:
         """One attempt on one replica, counted for as long as it lasts."""
         replica = placement.standing.replica
         loop = asyncio.get_running_loop()
-        message = upstream_message(journey, self.upstream(replica.url).authority)
+        upstream = self._upstreams.at(replica.url)
+        message = upstream_message(journey, upstream.authority)
         self._metrics.overhead.observe(loop.time() - journey.request.received_at)
         journey.flight = self._fleet.started(replica.id, loop.time())
         try:
-            with await self.upstream(replica.url).exchange(message) as exchange:
+            with await upstream.exchange(message) as exchange:
                 await self._pass_on(journey, exchange)
         finally:
             self._fleet.finished(journey.flight)
@@ -283,25 +287,6 @@ class Relay:
         if error.retry_after is not None:
             said.append((b"retry-after", b"%d" % error.retry_after))
         reply.send(error.status, said, openai_api.error_body(error))
-
-    # -- connections
-
-    def upstream(self, url: str) -> Upstream:
-        """The connections to the engine at this URL."""
-        upstream = self._upstreams.get(url)
-        if upstream is None:
-            upstream = self._upstreams[url] = Upstream(url)
-        return upstream
-
-    def drop(self, url: str) -> None:
-        """The engine at this URL left the fleet."""
-        if (upstream := self._upstreams.pop(url, None)) is not None:
-            upstream.close()
-
-    def close(self) -> None:
-        """Ends idle connections to every engine."""
-        for url in list(self._upstreams):
-            self.drop(url)
 
 
 def request_id_of(request: Request) -> bytes:

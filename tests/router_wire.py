@@ -10,6 +10,7 @@ from router.core.fleet import Fleet, Replica
 from router.core.placement import least_requests
 from router.health import Watch
 from router.http.server import Handler, Limits, Server
+from router.http.upstream import Upstreams
 from router.metrics import Metrics
 from router.openai_api import error_body
 from router.relay import Relay
@@ -139,12 +140,13 @@ async def relaying(*urls: str, policy=least_requests) -> AsyncIterator[tuple[Rel
     for i, url in enumerate(urls):
         fleet.joined(Replica(id=f"r{i}", url=url, models=("m",), max_model_len=100), now=0.0)
     metrics = Metrics()
-    relay = Relay(fleet, policy, metrics, Watch(fleet, metrics))
+    upstreams = Upstreams()
+    relay = Relay(fleet, policy, metrics, Watch(fleet, metrics), upstreams)
     async with serving(relay) as (_, port):
         try:
             yield relay, fleet, port
         finally:
-            relay.close()
+            upstreams.close()
 
 
 class Client:

@@ -332,3 +332,27 @@ class Upstream:
         self._closed = True
         while self._idle:
             self._idle.pop().drop()
+
+
+class Upstreams:
+    """The connections to every replica, by URL."""
+
+    def __init__(self) -> None:
+        self._upstreams: dict[str, Upstream] = {}
+
+    def at(self, url: str) -> Upstream:
+        """The connections to the replica at this URL."""
+        upstream = self._upstreams.get(url)
+        if upstream is None:
+            upstream = self._upstreams[url] = Upstream(url)
+        return upstream
+
+    def drop(self, url: str) -> None:
+        """The replica at this URL left the fleet."""
+        if (upstream := self._upstreams.pop(url, None)) is not None:
+            upstream.close()
+
+    def close(self) -> None:
+        """Ends idle connections to every replica."""
+        for url in list(self._upstreams):
+            self.drop(url)
