@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import signal
 import threading
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -68,6 +69,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self._asked = threading.Event()
+        self._raises = False
 
     def install(self) -> None:
         """Takes the signals."""
@@ -83,8 +85,24 @@ class StopSignals:
         """Whether the end is asked for within this time."""
         return self._asked.wait(within_s)
 
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Meanwhile the end, asked for at any moment, raises Interrupted there and then.
+
+        A terminal sends Ctrl-C to Ray's dashboard too, and a call to it can then hang until its time is out.
+        """
+        self._raises = True
+        try:
+            self.pause(0)
+            yield
+        finally:
+            self._raises = False
+
     def _ask(self, _number: int, _frame: FrameType | None) -> None:
         self._asked.set()
+        if self._raises:
+            self._raises = False  # once: what follows cleans up
+            raise Interrupted
 
 
 class Session:
@@ -112,8 +130,9 @@ class Session:
     def run(self) -> None:
         """Until it is asked to end. Raises Interrupted when that is before it serves."""
         try:
-            self._deploy()
-            self._wait_until_serving()
+            with self._stop.interruptible():
+                self._deploy()
+                self._wait_until_serving()
             self._progress.announce(self._record)
             self._watch()
         finally:
@@ -175,6 +194,8 @@ class Session:
         self._directory.write(self._record)
 
     def _withdraw(self) -> None:
+        if self._record.ray_folder is not None and not self._record.ready:
+            return  # nobody was served: there is nothing to wait for, and all of it ends with Ray
         try:
             self._cluster.check()
             if self._record.ray_folder is not None:

@@ -64,7 +64,7 @@ def test_ctrl_c_in_the_middle_of_the_start_leaves_nothing(start_fleet: StartFlee
     fleet = start_fleet()
     eventually(lambda: (r := fleet.directory.read()) and any("Serve" in p.name for p in r.processes), END_S)
     record = fleet.record
-    fleet.signal(signal.SIGINT)
+    os.killpg(fleet.running.process.pid, signal.SIGINT)  # as a terminal does: to Ray's dashboard too
     assert fleet.wait() == 130, fleet.output
     eventually(lambda: gone(record.processes), END_S)
     assert not Path(str(record.ray_folder)).exists()
