@@ -29,7 +29,7 @@ from router.errors import (
 from router.health import Watch
 from router.http import headers
 from router.http.server import Reply, Request
-from router.http.sse import EventStream, StreamTooLong, Usage, usage_of
+from router.http.sse import EventStream, Shortcut, StreamTooLong, Usage, usage_of
 from router.http.upstream import Exchange, Head, Upstreams
 from router.metrics import Metrics, ModelMetrics
 
@@ -51,6 +51,11 @@ class Journey:
     reply: Reply
     metrics: ModelMetrics
     flight: Flight | None = None
+
+    @property
+    def awaits_first_token(self) -> bool:
+        """It is at a replica that has not said anything yet."""
+        return self.flight is not None and self.flight.first_token_at is None
 
 
 class Relay:
@@ -199,12 +204,17 @@ class Relay:
         events = EventStream(keep_ids=call.wants_ids, keep_usage=call.wants_usage)
         reply.start(exchange.head.status, returned(exchange.head, journey.request_id))
 
-        def sink(data: bytes) -> None:
+        shortcut: Shortcut | None = None
+
+        def sink(data: bytes) -> Shortcut | None:
+            nonlocal shortcut
             out = events.feed(data)
             if out:
-                if events.events and journey.flight is not None and journey.flight.first_token_at is None:
-                    self._first_token(journey)
                 reply.write(out)
+                if journey.awaits_first_token and events.events:
+                    self._first_token(journey)
+                    shortcut = None if call.wants_ids else events.shortcut(reply.chunk_writer)
+            return shortcut if events.between else None
 
         try:
             await exchange.body(sink)
@@ -240,7 +250,7 @@ class Relay:
         journey.reply.start(exchange.head.status, returned(exchange.head, journey.request_id), size)
 
         def sink(data: bytes) -> None:
-            if journey.flight is not None and journey.flight.first_token_at is None:
+            if journey.awaits_first_token:
                 self._first_token(journey)
             journey.reply.write(data)
 

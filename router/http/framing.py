@@ -18,10 +18,16 @@ class FramingError(ValueError):
 
 
 class Framing(Protocol):
-    """Reads one body. `done` turns true with its last byte; bytes after that are in `rest`."""
+    """Reads one body. `done` turns true with its last byte; bytes after that are in `rest`.
+
+    `between_chunks`: what comes next is the size of a chunk.
+    """
 
     done: bool
     rest: bytes
+
+    @property
+    def between_chunks(self) -> bool: ...
 
     def feed(self, data: bytes) -> bytes:
         """The payload in these bytes; raises FramingError."""
@@ -32,6 +38,8 @@ class Framing(Protocol):
 
 class Sized:
     """A body of `content-length` bytes."""
+
+    between_chunks = False
 
     def __init__(self, length: int) -> None:
         self._missing = length
@@ -51,6 +59,8 @@ class Sized:
 
 class UntilClose:
     """A body that ends where the connection does; whether it was cut cannot be told."""
+
+    between_chunks = False
 
     def __init__(self) -> None:
         self.done = False
@@ -74,8 +84,12 @@ class Chunked:
         self._missing = 0  # bytes of the current chunk still to come, with its line break
         self._in_trailer = False
 
+    @property
+    def between_chunks(self) -> bool:
+        return not (self._missing or self._held or self._in_trailer)
+
     def feed(self, data: bytes) -> bytes:
-        if not (self._missing or self._held or self._in_trailer):
+        if self.between_chunks:
             content = _whole_chunk(data)
             if content:
                 return content

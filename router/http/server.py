@@ -122,6 +122,14 @@ class Reply:
             data = b"%x\r\n%b\r\n" % (len(data), data)
         self._write(data)
 
+    @property
+    def chunk_writer(self) -> Callable[[bytes], None]:
+        """Writes bytes that are one chunk already, once this reply has started."""
+        return self._connection.write if self._chunked else self._write_content
+
+    def _write_content(self, chunk: bytes) -> None:
+        self.write(chunk[chunk.index(b"\n") + 1 : -2])
+
     def end(self) -> None:
         """The body is whole; the connection takes the next request."""
         self._write(b"0\r\n\r\n" if self._chunked and not self._no_body else b"")
@@ -194,6 +202,7 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's does not derive from it
         self._transport.set_write_buffer_limits(high=HIGH_WATER_BYTES)
+        self.write = self._transport.write
         self._server.connections.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -358,10 +367,6 @@ class Connection(asyncio.Protocol):
         head += b"connection: close\r\n\r\n"
         self._transport.write(head + body)
         self._transport.close()
-
-    def write(self, data: bytes) -> None:
-        """Bytes of the current reply."""
-        self._transport.write(data)
 
     def sweep(self, now: float) -> None:
         """Refuses a request that takes too long to arrive, closes what is idle, cuts who takes nothing."""

@@ -7,9 +7,15 @@ so the bytes `"token_ids":` can only be a key, and the array of numbers behind i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import msgspec
+
+from router.http.token_chunk import each_without_ids, without_ids
+
+# Takes a read that begins with an HTTP chunk; False, and nothing done, if it is not of the kind it knows.
+Shortcut = Callable[[bytes], bool]
 
 # vLLM echoes the prompt's ids in the first event: 8 bytes a token, a million tokens.
 MAX_EVENT_BYTES = 16 * 1024 * 1024
@@ -70,11 +76,11 @@ class EventStream:
 
     keep_ids: bool = False
     keep_usage: bool = False
-    events: int = 0  # events with output, passed on
     usage: Usage | None = None
     done: bool = False  # the engine said [DONE]
     error: bytes | None = None  # the engine's error event, as it came
-    _ids: bytearray = field(default_factory=bytearray)
+    _ids: bytearray = field(default_factory=bytearray)  # of each event in turn, closed by a bracket: 1,2]3]
+    _besides: int = 0  # events passed on that told no ids, less those dropped that did
     _held: bytes = b""
 
     def feed(self, data: bytes) -> bytes:
@@ -89,15 +95,42 @@ class EventStream:
         self._hold(rest)
         return b"".join([self._event(event + b"\n\n") for event in events])
 
+    def shortcut(self, write: Callable[[bytes], None]) -> Shortcut:
+        """Takes a read that is one ordinary event in a chunk of its own, or several, and writes them on.
+
+        For use between events only, and where ids are not kept. False, and nothing done, if the read is
+        anything else: that is for `feed`.
+        """
+
+        def pass_on(read: bytes) -> bool:
+            found = without_ids(read) or each_without_ids(read)
+            if found is None:
+                return False
+            ids, rest = found
+            self._ids += ids
+            write(rest)
+            return True
+
+        return pass_on
+
+    @property
+    def between(self) -> bool:
+        """Nothing is held: what comes next is the beginning of an event."""
+        return not self._held
+
+    @property
+    def events(self) -> int:
+        """How many events with output were passed on."""
+        return self._ids.count(b"]") + self._besides
+
     @property
     def token_ids(self) -> list[int]:
         """The ids of all output tokens so far."""
-        return [int(number) for number in bytes(self._ids).split(b",") if number.strip()]
+        return [int(number) for number in self._ids.replace(b"]", b",").split(b",") if number.strip()]
 
     def _note(self, ids: bytes) -> None:
-        """Keeps `[1,2,3]`, or nothing of `null`."""
-        if ids[-1] == _BRACKET:
-            self._ids += ids.strip(b" []") + b","
+        """Keeps `[1,2,3]`, or that there was `null`."""
+        self._ids += ids.strip(b" []") + b"]" if ids[-1] == _BRACKET else b"]"
 
     def _hold(self, data: bytes) -> None:
         if len(data) > MAX_EVENT_BYTES:
@@ -119,7 +152,7 @@ class EventStream:
             return event if self.keep_usage else b""
         else:
             # An engine that knows nothing of token ids; the event that only names the role is no output.
-            self.events += b'"choices":[{' in event and b'"role":' not in event
+            self._besides += b'"choices":[{' in event and b'"role":' not in event
         return event
 
     def _with_ids(self, event: bytes, at: int) -> bytes:
@@ -136,8 +169,8 @@ class EventStream:
                 event = _cut(event, begin, end)
             at = event.rfind(_IDS, 0, begin)
         if output and not self.keep_ids and _is_empty(event):
+            self._besides -= 1
             return b""
-        self.events += output
         return event
 
 

@@ -20,8 +20,10 @@ import httptools
 from router.errors import ConnectFailed, ReplyCut
 from router.http.framing import Chunked, Framing, FramingError, Sized, UntilClose
 from router.http.headers import Headers, first
+from router.http.sse import Shortcut
 
-Sink = Callable[[bytes], None]
+# Takes a piece of the body. It may return a shortcut: where the next read begins a chunk, that gets it first.
+Sink = Callable[[bytes], Shortcut | None]
 
 # On one network a connection takes milliseconds; a host that takes seconds is gone or drowning.
 CONNECT_TIMEOUT_S = 2.0
@@ -96,6 +98,7 @@ class Connection(asyncio.Protocol):
         self._end: asyncio.Future[None] | None = None
         self._framing: Framing | None = None
         self._sink: Sink | None = None
+        self._shortcut: Shortcut | None = None
         self._keep_alive = False
 
     # -- one exchange
@@ -156,6 +159,9 @@ class Connection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)  # uvloop's does not derive from it
 
     def data_received(self, data: bytes) -> None:
+        shortcut = self._shortcut
+        if shortcut is not None and shortcut(data):
+            return
         if self._sink is not None:
             self._feed(data)
             return
@@ -209,13 +215,13 @@ class Connection(asyncio.Protocol):
             return
         try:
             payload = self._framing.feed(data)
-            if payload:
-                self._sink(payload)
+            shortcut = self._sink(payload) if payload else None
         except FramingError as error:
             self._finish(ReplyCut(f"the reply is broken: {error}"))
         except Exception as error:
             self._finish(error)
         else:
+            self._shortcut = shortcut if self._framing.between_chunks else None
             if self._framing.done:
                 self._finish(None)
 
@@ -227,6 +233,7 @@ class Connection(asyncio.Protocol):
     def _finish(self, error: Exception | None) -> None:
         if self._end is None or self._end.done():
             return
+        self._shortcut = None
         if error is None:
             self._end.set_result(None)
         else:
