@@ -16,14 +16,12 @@ _NOT_TO_CLIENTS = _HOP_BY_HOP | frozenset(b"content-length x-request-id".split()
 
 def to_engine(headers: Headers) -> Headers:
     """Of a client's headers (lower-case names), those that an engine gets."""
-    dropped = _NOT_TO_ENGINES | _named_by_connection(headers)
-    return [(name, value) for name, value in headers if name not in dropped]
+    return _without(headers, _NOT_TO_ENGINES)
 
 
 def to_client(headers: Headers) -> Headers:
     """Of an engine's headers (lower-case names), those that a client gets."""
-    dropped = _NOT_TO_CLIENTS | _named_by_connection(headers)
-    return [(name, value) for name, value in headers if name not in dropped]
+    return _without(headers, _NOT_TO_CLIENTS)
 
 
 def first(headers: Headers, name: bytes) -> bytes | None:
@@ -31,10 +29,14 @@ def first(headers: Headers, name: bytes) -> bytes | None:
     return next((value for key, value in headers if key == name), None)
 
 
-def _named_by_connection(headers: Headers) -> frozenset[bytes]:
-    """Headers that `connection:` says are for this hop only."""
-    named: set[bytes] = set()
-    for name, value in headers:
-        if name == b"connection":
-            named.update(token.strip().lower() for token in value.split(b","))
-    return frozenset(named)
+def tokens(headers: Headers, name: bytes) -> frozenset[bytes]:
+    """The members, in lower case, of a header that is a list; it may be given several times."""
+    values = b",".join([value for key, value in headers if key == name])
+    return frozenset([token.strip() for token in values.lower().split(b",")]) if values else frozenset()
+
+
+def _without(headers: Headers, dropped: frozenset[bytes]) -> Headers:
+    """Those headers that are not dropped, nor named by `connection:` as for this hop only."""
+    passed = [header for header in headers if header[0] not in dropped]
+    named = tokens(headers, b"connection")
+    return [header for header in passed if header[0] not in named] if named else passed

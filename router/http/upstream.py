@@ -10,16 +10,13 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import cast
 from urllib.parse import urlsplit
 
-import httptools
-
 from router.errors import ConnectFailed, ReplyCut
-from router.http.framing import Chunked, Framing, FramingError, Sized, UntilClose
-from router.http.headers import Headers, first
+from router.http.framing import Framing, FramingError, UntilClose
+from router.http.reply_head import MAX_HEAD_BYTES, Head, read_head
 from router.http.sse import Shortcut
 
 # Takes a piece of the body. It may return a shortcut: where the next read begins a chunk, that gets it first.
@@ -29,53 +26,6 @@ Sink = Callable[[bytes], Shortcut | None]
 CONNECT_TIMEOUT_S = 2.0
 # Below the keep-alive of a vLLM that was started with its default (5 s: VLLM_HTTP_TIMEOUT_KEEP_ALIVE).
 IDLE_S = 4.0
-MAX_HEAD_BYTES = 64 * 1024
-
-
-@dataclass(slots=True)
-class Head:
-    """Status and headers (lower-case names) of a reply."""
-
-    status: int = 0
-    headers: Headers = field(default_factory=list)
-    keep_alive: bool = False
-
-    def header(self, name: bytes) -> bytes | None:
-        """The first header of this (lower-case) name."""
-        return first(self.headers, name)
-
-
-class _HeadReader:
-    """httptools' callbacks for one reply head."""
-
-    def __init__(self) -> None:
-        self.head = Head()
-        self._parser = httptools.HttpResponseParser(self)
-
-    def read(self, data: bytes) -> Head:
-        self._parser.feed_data(data)
-        self.head.status = self._parser.get_status_code()
-        self.head.keep_alive = self._parser.should_keep_alive()
-        return self.head
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        self.head.headers.append((name.lower(), value))
-
-
-def framing_of(head: Head) -> Framing:
-    """How the body under this head is delimited; raises FramingError."""
-    if head.status in (204, 304):
-        return Sized(0)
-    if coding := head.header(b"transfer-encoding"):
-        if coding.strip().lower() != b"chunked":
-            raise FramingError(f"unknown transfer coding {coding!r}")
-        return Chunked()
-    length = head.header(b"content-length")
-    if length is None:
-        return UntilClose()
-    if not length.isdigit():
-        raise FramingError(f"content-length {length!r} is not a number")
-    return Sized(int(length))
 
 
 class Connection(asyncio.Protocol):
@@ -188,13 +138,12 @@ class Connection(asyncio.Protocol):
             head = self._take_head()
             while head is not None and head.status < 200:  # 100 Continue, early hints: the reply follows
                 head = self._take_head()
-            if head is None:
-                return
-            self._framing = framing_of(head)
-        except (httptools.HttpParserError, httptools.HttpParserUpgrade, FramingError) as error:
+        except FramingError as error:
             self._fail(ReplyCut(f"the reply is not HTTP: {error}"))
             return
-        self._keep_alive = head.keep_alive
+        if head is None:
+            return
+        self._framing, self._keep_alive = head.framing(), head.keep_alive
         self._head.set_result(head)
 
     def _take_head(self) -> Head | None:
@@ -204,9 +153,8 @@ class Connection(asyncio.Protocol):
             if len(self._buffer) > MAX_HEAD_BYTES:
                 raise FramingError("its head has no end")
             return None
-        head = _HeadReader().read(self._buffer[:end])
-        self._buffer = self._buffer[end:]
-        return head
+        raw, self._buffer = self._buffer[:end], self._buffer[end:]
+        return read_head(raw)
 
     def _feed(self, data: bytes) -> None:
         assert self._framing is not None and self._sink is not None

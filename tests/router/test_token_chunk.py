@@ -1,0 +1,116 @@
+"""The short way of a chunk gives the very bytes of the long one."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from router.http.framing import Chunked
+from router.http.sse import EventStream
+from router.http.token_chunk import MAX_BYTES, each_without_ids, without_ids
+
+
+def framed(payload):
+    return b"%x\r\n%b\r\n" % (len(payload), payload)
+
+
+def event(choice, **members):
+    body = {"id": "c", "created": 1, "model": "m", "choices": [choice], **members}
+    return b"data: " + json.dumps(body, separators=(",", ":"), ensure_ascii=False).encode() + b"\n\n"
+
+
+def chat(text, ids, **more):
+    return event(
+        {
+            "index": 0,
+            "delta": {"content": text},
+            "logprobs": None,
+            "finish_reason": None,
+            **more,
+            "token_ids": ids,
+        }
+    )
+
+
+def completion(text, ids, prompt_ids=None):
+    choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": None, "stop_reason": None}
+    return event(choice | {"prompt_token_ids": prompt_ids, "token_ids": ids})
+
+
+def the_long_way(read):
+    events = EventStream()
+    out = b"".join(framed(e + b"\n\n") for e in events.feed(Chunked().feed(read)).split(b"\n\n")[:-1])
+    return events.token_ids, out
+
+
+def ids_of(noted):
+    return [int(number) for number in noted.replace(b"]", b",").split(b",") if number]
+
+
+texts = st.text(min_size=1) | st.sampled_from(
+    ['"token_ids":[1]', "]}]}\n\n\r\n", '"},"logprobs":null', "a\nb"]
+)
+token_ids = st.lists(st.integers(min_value=0, max_value=200_000), min_size=1, max_size=4)
+ordinary = st.builds(chat, texts, token_ids) | st.builds(completion, texts, token_ids)
+
+
+@given(ordinary)
+def test_an_ordinary_chunk_takes_the_short_way(payload):
+    found = without_ids(framed(payload))
+    assert found is not None
+    assert (ids_of(found[0]), found[1]) == the_long_way(framed(payload))
+
+
+@given(st.lists(ordinary, min_size=1, max_size=5))
+def test_so_do_several_in_one_read(payloads):
+    read = b"".join(map(framed, payloads))
+    found = each_without_ids(read)
+    assert found is not None
+    assert (ids_of(found[0]), found[1]) == the_long_way(read)
+
+
+ONE = chat("a", [5])
+OTHERS = [
+    b"",
+    ONE,  # no chunk
+    framed(ONE)[:-1],
+    framed(ONE)[1:],
+    framed(ONE) + b"0\r\n\r\n",
+    framed(ONE + ONE),  # two events in a chunk
+    framed(ONE[:-1]),
+    framed(ONE.replace(b"\n", b"\r\n")),
+    b"0" + framed(ONE),  # a size as others may write it
+    framed(ONE).replace(b"\r\n", b";x\r\n", 1),
+    framed(ONE)[: -len(b"\n\n\r\n")] + b"\n\r\n",
+    framed(b"event: x\n" + ONE),
+    framed(chat("x" * MAX_BYTES, [5])),
+    framed(chat("a", None)),
+    framed(chat("a", [5], stop_reason=None)),
+    framed(completion("a", [5], prompt_ids=[1, 2])),
+    framed(event({"delta": {}, "logprobs": None, "finish_reason": None, "token_ids": [5]})),
+    framed(event({"delta": {"content": "a"}, "logprobs": None, "finish_reason": "stop", "token_ids": [5]})),
+    framed(
+        event({"delta": {"content": "a"}, "logprobs": None, "finish_reason": None, "token_ids": [5]}, usage=1)
+    ),
+    framed(ONE.replace(b"[5]", b'[5],"more":[6]')),
+    framed(b"data: [DONE]\n\n"),
+]
+
+
+@pytest.mark.parametrize("read", OTHERS)
+def test_anything_else_is_left_to_the_long_way(read):
+    assert without_ids(read) is None
+
+
+@given(st.lists(ordinary, min_size=1, max_size=3), st.sampled_from(OTHERS[2:]), st.integers(0, 3))
+def test_a_read_with_anything_else_in_it_too(payloads, other, at):
+    chunks = list(map(framed, payloads))
+    chunks.insert(at, other)
+    assert each_without_ids(b"".join(chunks)) is None
+
+
+@given(cut=st.integers(min_value=1, max_value=len(framed(ONE)) - 1))
+def test_a_part_of_a_chunk_is_no_chunk(cut):
+    assert without_ids(framed(ONE)[:cut]) is None
+    assert each_without_ids(framed(ONE) + framed(ONE)[:cut]) is None
