@@ -9,7 +9,7 @@ docs/add-a-policy.md walks through one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import ceil
 from types import MappingProxyType
@@ -72,15 +72,17 @@ def consistent_hash(view: View) -> Placement | None:
         return placement and Placement(placement.standing, f"no key; {placement.reason}")
     if not view.replicas:
         return None
+    weights = [xxh3_64_intdigest(s.replica.id.encode(), view.key) for s in view.replicas]
     in_flight = [s.in_flight for s in view.replicas]
     most = ceil(BALANCE * (sum(in_flight) + 1) / len(in_flight))
-    home = _heaviest(view.replicas, view.key)
-    if home.in_flight < most:
-        return Placement(home, "home of the key")
-    # The replica with the fewest requests has no more than the average, so it always has room.
-    room = [s for s in view.replicas if s.in_flight < most]
-    reason = f"next for the key; {home.id}, its home, has {home.in_flight} of at most {most} requests"
-    return Placement(_heaviest(room, view.key), reason)
+    home = weights.index(max(weights))
+    if in_flight[home] < most:
+        return Placement(view.replicas[home], "home of the key")
+    # The replica with the fewest requests has no more than the average, so there is always one with room.
+    room = [place for place, held in enumerate(in_flight) if held < most]
+    chosen = max(room, key=weights.__getitem__)
+    full = f"{view.replicas[home].id} has {in_flight[home]} of at most {most} requests"
+    return Placement(view.replicas[chosen], f"next for the key; its home {full}")
 
 
 def round_robin(view: View) -> Placement | None:
@@ -96,11 +98,6 @@ def random(view: View) -> Placement | None:
     if not view.replicas:
         return None
     return Placement(view.replicas[view.draw % len(view.replicas)], f"drawn from {len(view.replicas)}")
-
-
-def _heaviest(standings: Sequence[Standing], key: int) -> Standing:
-    weights = [xxh3_64_intdigest(s.replica.id.encode(), key) for s in standings]
-    return standings[weights.index(max(weights))]
 
 
 POLICIES: Mapping[str, Policy] = MappingProxyType(

@@ -1,3 +1,4 @@
+import inspect
 import subprocess
 import sys
 from collections import Counter
@@ -113,8 +114,8 @@ def test_random(draw, chosen):
         ([0], 1, "r0", "home of the key"),
         ([4, 4, 4], 0, "r0", "home of the key"),  # 13 requests, so 6 on each at most
         ([5, 4, 3], 0, "r0", "home of the key"),
-        ([6, 3, 3], 0, "r1", "next for the key; r0, its home, has 6 of at most 6 requests"),
-        ([6, 6, 0], 0, "r2", "next for the key; r0, its home, has 6 of at most 6 requests"),
+        ([6, 3, 3], 0, "r1", "next for the key; its home r0 has 6 of at most 6 requests"),
+        ([6, 6, 0], 0, "r2", "next for the key; its home r0 has 6 of at most 6 requests"),
         ([3, 1, 2], None, "r1", "no key; fewest requests in flight (1)"),
     ],
 )
@@ -272,3 +273,7 @@ def test_views_follow_the_model_and_carry_what_the_request_brings():
     fleet.joined(Replica(id="x", url="http://x", models=("other",)), now=0.0)
     assert [s.id for s in fleet.view("other").replicas] == ["x"]
     assert fleet.view("none").replicas == ()
+
+
+def test_the_page_on_policies_shows_the_code_as_it_is():
+    assert inspect.getsource(power_of_two) in (ROOT / "docs" / "add-a-policy.md").read_text()
