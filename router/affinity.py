@@ -22,17 +22,18 @@ SESSION_HEADERS = (b"x-session-id", b"x-smg-routing-key", b"x-claude-code-sessio
 # Of a message this much is hashed, in about a microsecond; images may follow.
 MESSAGE_BYTES = 16 * 1024
 # Of a completion's prompt, which is not in messages and grows at its end, only what later turns have too:
-# about 256 tokens, as in smg's `prefix_hash`. A session that begins with less needs another key.
+# about 256 tokens, a few blocks of a cache. A session that begins with less should be named.
 PROMPT_BYTES = 1024
 
 # What a JSON value begins with.
 TEXT = b'"'
 TEXT_OR_LIST = b'"['
 
-# Families whose requests are conversations: the field that stands before the messages, and the messages.
-_CONVERSATIONS: Mapping[str, tuple[str, str]] = MappingProxyType(
+# Families whose requests are conversations: the field of their messages, before it that of their rules where
+# these are none of the messages.
+_CONVERSATIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        "/v1/chat/completions": ("system", "messages"),
+        "/v1/chat/completions": ("messages",),
         "/v1/messages": ("system", "messages"),
         "/v1/responses": ("instructions", "input"),
     }
@@ -77,12 +78,12 @@ def _opening(call: Call) -> bytes | None:
         return _beginning(call.fields.get("prompt"), TEXT_OR_LIST, PROMPT_BYTES)
     if call.family.path not in _CONVERSATIONS:
         return None
-    rules, messages = (call.fields.get(name) for name in _CONVERSATIONS[call.family.path])
+    *rules, messages = (call.fields.get(name) for name in _CONVERSATIONS[call.family.path])
     try:
         said = _beginning(messages, TEXT) or _until_user(messages)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
-    return (_beginning(rules, TEXT_OR_LIST) or b"") + said if said else None
+    return b"".join([_beginning(raw, TEXT_OR_LIST) or b"" for raw in rules]) + said if said else None
 
 
 def _until_user(messages: msgspec.Raw | None) -> bytes:

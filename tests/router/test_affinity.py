@@ -92,6 +92,7 @@ def test_a_session_header_comes_first(name):
 def test_of_several_session_headers_one_wins_whatever_their_order():
     mine, other = ("x-session-id", "s"), ("x-smg-routing-key", "t")
     assert key(CHAT, ASKED, mine, other) == key(CHAT, ASKED, other, mine) == key(CHAT, ASKED, mine)
+    assert key(CHAT, ASKED, ("x-session-id", ""), other) == key(CHAT, ASKED, other)
 
 
 @pytest.mark.parametrize(
@@ -152,12 +153,25 @@ def test_what_is_nested_as_deeply_as_a_body_may_be_is_no_error():
     assert depth > 100
 
 
-def test_only_the_beginning_of_a_long_message_counts():
-    start = "x" * MESSAGE_BYTES
-    one, other = ({"messages": [message("user", start + end)]} for end in "ab")
-    assert key(CHAT, one) == key(CHAT, other)
-    one, other = ({"messages": [message("system", start + end), HELLO]} for end in "ab")
-    assert key(CHAT, one) == key(CHAT, other) != key(CHAT, {"messages": [message("system", start), HI]})
+@pytest.mark.parametrize(
+    ("path", "members"),
+    [
+        (CHAT, lambda text: {"messages": [message("user", text)]}),
+        (CHAT, lambda text: {"messages": [message("system", text), HELLO]}),
+        (CHAT, lambda text: {"messages": [HELLO], "prompt_cache_key": text}),
+        (MESSAGES, lambda text: {"messages": [HELLO], "system": text}),
+        (RESPONSES, lambda text: {"input": text}),
+    ],
+)
+def test_only_the_beginning_of_a_long_text_counts(path, members):
+    long = "x" * MESSAGE_BYTES
+    assert key(path, members(long + "a")) == key(path, members(long + "b"))
+    assert key(path, members(long[:-9] + "a")) != key(path, members(long[:-9] + "b"))
+
+
+def test_what_the_user_says_counts_after_rules_of_any_length():
+    rules = message("system", "x" * MESSAGE_BYTES)
+    assert key(CHAT, {"messages": [rules, HELLO]}) != key(CHAT, {"messages": [rules, HI]})
 
 
 # -- over sockets
