@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from router.core.placement import POLICIES
 from router.errors import HerdError
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ def status(port: int, as_json: bool, run_dir: Path | None) -> None:
 @click.option("--host", default="0.0.0.0", show_default=True)
 @click.option("--port", default=PORT, show_default=True)
 @click.option("--admin-port", default=ADMIN_PORT, show_default=True)
-@click.option("--policy", help="How a replica is chosen.  [default: least_requests]")
+@click.option("--policy", help=f"How a replica is chosen: {', '.join(POLICIES)}.  [default: least_requests]")
 def route(
     worker_urls: tuple[str, ...], more_urls: tuple[str, ...], policy: str | None, **listen: Any
 ) -> None:

@@ -11,10 +11,12 @@ import logging
 import os
 import time
 from dataclasses import dataclass
+from random import getrandbits
 
 from router import openai_api
+from router.affinity import affinity_key
 from router.core.fleet import Fleet, Flight
-from router.core.placement import Placement, Policy
+from router.core.placement import KEYED, Placement, Policy
 from router.errors import (
     ApiError,
     ConnectFailed,
@@ -72,6 +74,7 @@ class Relay:
     ) -> None:
         self._fleet = fleet
         self._policy = policy
+        self._keyed = policy in KEYED
         self._metrics = metrics
         self._watch = watch
         self._promised = promised
@@ -146,9 +149,10 @@ class Relay:
 
     async def _carry(self, journey: Journey) -> None:
         """Tries replicas until one has answered; each is tried once."""
+        key = affinity_key(journey.call, journey.request.headers) if self._keyed else None
         tried: frozenset[str] = frozenset()
         while True:
-            placement = self._place(journey.call.model, tried)
+            placement = self._place(journey.call.model, key, tried)
             replica_id = placement.standing.id
             try:
                 await self._try(journey, placement)
@@ -160,8 +164,8 @@ class Relay:
                     return
                 tried |= {replica_id}
 
-    def _place(self, model: str, tried: frozenset[str]) -> Placement:
-        placement = self._policy(self._fleet.view(model).without(tried))
+    def _place(self, model: str, key: int | None, tried: frozenset[str]) -> Placement:
+        placement = self._policy(self._fleet.view(model, getrandbits(64), key).without(tried))
         if placement is not None:
             return placement
         if tried:

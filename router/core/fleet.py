@@ -6,7 +6,7 @@ Time comes in as `now` (seconds on any monotonic clock); nothing here waits, con
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 
@@ -50,14 +50,23 @@ class Standing:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """What a policy may know: the ready replicas of one model, and how many placements went before."""
+    """What a policy may know of the fleet and of the request.
+
+    `replicas`: the ready replicas of the request's model, in order of their ids. `turn`: how many placements
+    went before. `draw`: 64 random bits. `key`: 64 bits that are the same for requests that belong together
+    (router/affinity.py); None if nothing tells, or if the policy does not ask.
+    """
 
     replicas: tuple[Standing, ...]
-    turn: int
+    turn: int = 0
+    draw: int = 0
+    key: int | None = None
 
     def without(self, tried: frozenset[str]) -> View:
         """The same view less the replicas that this request already failed on."""
-        return View(tuple(s for s in self.replicas if s.id not in tried), self.turn)
+        if not tried:
+            return self
+        return replace(self, replicas=tuple(s for s in self.replicas if s.id not in tried))
 
 
 @dataclass(slots=True)
@@ -125,14 +134,14 @@ class Fleet:
         flight.standing.in_flight -= 1
         flight.standing.finished += 1
 
-    def view(self, model: str) -> View:
-        """The ready replicas of a model, in order of their ids."""
+    def view(self, model: str, draw: int = 0, key: int | None = None) -> View:
+        """What a policy may know to place a request for this model."""
         ready = self._ready.get(model)
         if ready is None:
             ready = self._ready[model] = tuple(
                 s for s in self if s.state is State.READY and model in s.replica.models
             )
-        return View(ready, self._turns)
+        return View(ready, self._turns, draw, key)
 
     def models(self) -> tuple[str, ...]:
         """Every model that some replica serves, ready or not."""

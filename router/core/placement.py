@@ -1,17 +1,27 @@
 """Policies: a view of the fleet in, one replica with the reason out.
 
-A policy is a pure function. What it would have to remember is in the view (`turn` counts placements), so
-the live router, its tests and the simulator run the same code. After a failure the relay asks again with
-`View.without`, which sees the fleet as it is then, instead of walking down a ranking that has aged.
+A policy is a pure function. What it would have to remember or to draw is in the view, so the live router, its
+tests and the simulator run the same code. After a failure the relay asks again with `View.without`, which
+sees the fleet as it is then, instead of walking down a ranking that has aged.
+
+docs/add-a-policy.md walks through one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import ceil
 from types import MappingProxyType
 
+from xxhash import xxh3_64_intdigest
+
 from router.core.fleet import Standing, View
+
+# What a replica may hold in consistent_hash, times the average: the paper's example (Mirrokni, Thorup,
+# Zadimoghaddam 2016, "Consistent Hashing with Bounded Loads"), and the least that HAProxy's manual calls
+# reasonable (`hash-balance-factor`, 125 to 200). Less moves more keys, more lets loads differ more.
+BALANCE = 1.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +39,50 @@ def least_requests(view: View) -> Placement | None:
     """The replica with the fewest requests in flight; equals take turns."""
     if not view.replicas:
         return None
-    fewest = min(s.in_flight for s in view.replicas)
+    fewest = min([s.in_flight for s in view.replicas])
     equals = [s for s in view.replicas if s.in_flight == fewest]
     return Placement(equals[view.turn % len(equals)], f"fewest requests in flight ({fewest})")
+
+
+def power_of_two(view: View) -> Placement | None:
+    """Of two replicas drawn at random, the one with fewer requests in flight; of equals the first drawn."""
+    count = len(view.replicas)
+    if count < 2:
+        return random(view)
+    offset, place = divmod(view.draw, count)
+    first = view.replicas[place]
+    other = view.replicas[(place + 1 + offset % (count - 1)) % count]
+    fewer, more = (first, other) if first.in_flight <= other.in_flight else (other, first)
+    return Placement(fewer, f"{fewer.in_flight} requests in flight, {more.in_flight} on {more.id}")
+
+
+def consistent_hash(view: View) -> Placement | None:
+    """The home of the request's key, or while that is full the next by weight; least_requests without a key.
+
+    The home is the replica of the highest weight, a hash of the replica's id and the key (rendezvous
+    hashing, Thaler and Ravishankar 1998): when a replica comes or goes, only its own keys move. No replica
+    is given more than `BALANCE` times its share of all requests in flight, so a popular key does not drown
+    its home.
+
+    Every router that knows the same ids agrees on the homes, also after it was started anew. With
+    `herd route` an id is the engine's URL; on Serve it is new with every start, as the engine's cache is.
+    """
+    if view.key is None:
+        placement = least_requests(view)
+        return placement and Placement(placement.standing, f"no key; {placement.reason}")
+    if not view.replicas:
+        return None
+    weights = [xxh3_64_intdigest(s.replica.id.encode(), view.key) for s in view.replicas]
+    in_flight = [s.in_flight for s in view.replicas]
+    most = ceil(BALANCE * (sum(in_flight) + 1) / len(in_flight))
+    home = weights.index(max(weights))
+    if in_flight[home] < most:
+        return Placement(view.replicas[home], "home of the key")
+    # The replica with the fewest requests has no more than the average, so there is always one with room.
+    room = [place for place, held in enumerate(in_flight) if held < most]
+    chosen = max(room, key=weights.__getitem__)
+    full = f"{view.replicas[home].id} has {in_flight[home]} of at most {most} requests"
+    return Placement(view.replicas[chosen], f"next for the key; its home {full}")
 
 
 def round_robin(view: View) -> Placement | None:
@@ -42,6 +93,18 @@ def round_robin(view: View) -> Placement | None:
     return Placement(view.replicas[place], f"turn {place + 1} of {len(view.replicas)}")
 
 
+def random(view: View) -> Placement | None:
+    """Any replica, each as likely."""
+    if not view.replicas:
+        return None
+    return Placement(view.replicas[view.draw % len(view.replicas)], f"drawn from {len(view.replicas)}")
+
+
 POLICIES: Mapping[str, Policy] = MappingProxyType(
-    {"least_requests": least_requests, "round_robin": round_robin}
+    {
+        policy.__name__: policy
+        for policy in (least_requests, power_of_two, consistent_hash, round_robin, random)
+    }
 )
+# Those that read `View.key`; for the others the relay computes none.
+KEYED = frozenset({consistent_hash})

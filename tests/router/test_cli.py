@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from router.core.placement import POLICIES
+
 HERD = Path(sys.executable).with_name("herd")
 # Ray alone takes a second to import, all of this a third of one; other tests share the cores.
 QUICK_S = 1.0
@@ -27,6 +29,11 @@ def test_help_lists_options_and_needs_neither_ray_nor_the_router(command: tuple[
     )
     assert "--help" in done.stdout
     assert not {"ray", "uvloop", "pydantic", "httpx"} & set(done.stdout.split())
+
+
+def test_every_policy_is_in_the_help() -> None:
+    words = run("route", "--help").stdout.replace(",", " ").replace(".", " ").split()
+    assert set(POLICIES) <= set(words)
 
 
 def test_status_is_quick(tmp_path: Path) -> None:

@@ -25,7 +25,8 @@ def test_a_fleet_needs_no_more_than_a_model():
         ({"models": [MODEL], "router": {"port": 70000}}, "router.port: Input should be less than"),
         (
             {"models": [MODEL], "router": {"policy": "best"}},
-            "router.policy: 'best' is not a policy; known are least_requests, round_robin",
+            "router.policy: 'best' is not a policy; known are least_requests, power_of_two, "
+            "consistent_hash, round_robin, random",
         ),
         ({"models": [MODEL], "router": {"limits": {"idle_s": 0}}}, "router.limits.idle_s: "),
         ({"models": [MODEL], "rooter": {}}, "rooter: Extra inputs are not permitted"),
