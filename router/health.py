@@ -181,8 +181,10 @@ class Watch:
     async def _pause(self, replica_id: str) -> None:
         period = PROBE_DOWN_S if self._down(replica_id) else PROBE_READY_S
         look = self._looks[replica_id]
+        # Not wait_for: in Python 3.11 it loses a cancellation that comes as the event is set.
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(look.wait(), period)
+            async with asyncio.timeout(period):
+                await look.wait()
         look.clear()
 
     async def _answers(self, url: str) -> bool:

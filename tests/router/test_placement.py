@@ -112,10 +112,11 @@ def test_random(draw, chosen):
         ([0, 0, 0], 1, "r2", "home of the key"),
         ([0, 0, 0], 2**64 - 1, "r0", "home of the key"),
         ([0], 1, "r0", "home of the key"),
-        ([4, 4, 4], 0, "r0", "home of the key"),  # 13 requests, so 6 on each at most
+        ([4, 4, 4], 0, "r0", "home of the key"),  # 13 requests, so 7 on each at most
         ([5, 4, 3], 0, "r0", "home of the key"),
-        ([6, 3, 3], 0, "r1", "next for the key; its home r0 has 6 of at most 6 requests"),
-        ([6, 6, 0], 0, "r2", "next for the key; its home r0 has 6 of at most 6 requests"),
+        ([7, 3, 2], 0, "r1", "next for the key; its home r0 has 7 of at most 7 requests"),
+        ([9, 0, 0, 9], 0, "r1", "next for the key; its home r0 has 9 of at most 8 requests"),
+        ([9, 9, 0, 0], 0, "r3", "next for the key; its home r0 has 9 of at most 8 requests"),
         ([3, 1, 2], None, "r1", "no key; fewest requests in flight (1)"),
     ],
 )
