@@ -1,7 +1,6 @@
 """Every metric of the router, once.
 
-Prometheus names with the prefix `herd_` and base units. The children of a model are looked up once: a lookup
-by labels costs more than the observation.
+Prometheus names with the prefix `herd_` and base units. The series of a model are looked up once.
 """
 
 from __future__ import annotations
@@ -9,11 +8,12 @@ from __future__ import annotations
 from collections import Counter as Tally
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client import CollectorRegistry, Gauge, ProcessCollector
 
 from router.core.fleet import Fleet, State
+from router.series import Counter, Counters, Histogram, Histograms
 
 # From a cached one-block prompt on a small model to a 100k-token prefill behind a queue.
 TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60)
@@ -76,16 +76,17 @@ class Metrics:
                 "replica_failures", "Times a replica was taken out of traffic."
             ),
         }
-        self.overhead = Histogram(
+        self.overhead = Histograms(
+            self.registry,
             "herd_router_overhead_seconds",
             "From the request's last byte until it was sent to a replica.",
-            buckets=OVERHEAD_BUCKETS,
-            registry=self.registry,
-        )
+            labels=(),
+            bounds=OVERHEAD_BUCKETS,
+        ).labels()
         self.connections = self._gauge("client_connections", "Open client connections.")
         self._replicas = self._gauge("replicas", "Replicas by state.", "model", "state")
         self._in_flight = self._gauge("requests_in_flight", "Requests at a replica now.", "model", "replica")
-        self.requests = lru_cache(maxsize=4096)(requests.labels)  # (model, path, code)
+        self.requests = requests.labels  # (model, path, code)
         self.of = cache(self._born)  # (model), only of models that exist
 
     def observe(self, fleet: Fleet, promised: Iterable[str]) -> None:
@@ -109,11 +110,11 @@ class Metrics:
         children = {name: family.labels(model) for name, family in self._of_model.items()}
         return ModelMetrics(**children, retries=retries)
 
-    def _counter(self, name: str, help_: str, *labels: str) -> Counter:
-        return Counter(f"herd_{name}", help_, labels or ("model",), registry=self.registry)
+    def _counter(self, name: str, help_: str, *labels: str) -> Counters:
+        return Counters(self.registry, f"herd_{name}", help_, labels or ("model",))
 
-    def _histogram(self, name: str, help_: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(f"herd_{name}", help_, ("model",), buckets=buckets, registry=self.registry)
+    def _histogram(self, name: str, help_: str, bounds: tuple[float, ...]) -> Histograms:
+        return Histograms(self.registry, f"herd_{name}", help_, ("model",), bounds)
 
     def _gauge(self, name: str, help_: str, *labels: str) -> Gauge:
         return Gauge(f"herd_{name}", help_, labels, registry=self.registry)
