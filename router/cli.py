@@ -144,13 +144,24 @@ def status(port: int, as_json: bool, run_dir: Path | None) -> None:
 @click.option("--port", default=PORT, show_default=True)
 @click.option("--admin-port", default=ADMIN_PORT, show_default=True)
 @click.option("--policy", help=f"How a replica is chosen: {', '.join(POLICIES)}.  [default: least_requests]")
+@click.option(
+    "--model-alias",
+    "aliases",
+    multiple=True,
+    metavar="ALIAS=MODEL",
+    help="Another name for a model; may be given several times.",
+)
 def route(
-    worker_urls: tuple[str, ...], more_urls: tuple[str, ...], policy: str | None, **listen: Any
+    worker_urls: tuple[str, ...],
+    more_urls: tuple[str, ...],
+    policy: str | None,
+    aliases: tuple[str, ...],
+    **listen: Any,
 ) -> None:
     """Route to vLLM servers that exist, without Ray."""
-    from router.route import run
+    from router.route import run, stands_for
 
-    settings = {**listen, **({"policy": policy} if policy else {})}
+    settings = {**listen, "aliases": stands_for(aliases), **({"policy": policy} if policy else {})}
     run([*worker_urls, *more_urls], settings, say=click.echo)
 
 

@@ -19,10 +19,14 @@ from router.http.server import Limits
 from workers.engine import EngineSpec
 
 Port = Annotated[int, Field(ge=0, le=65535)]
+Name = Annotated[str, Field(min_length=1)]
 
 
 class RouterConfig(BaseModel):
-    """The front door: where it listens and how it chooses. Port 0 takes any free one."""
+    """The front door: where it listens and how it chooses. Port 0 takes any free one.
+
+    `aliases`: other names of models, each with the name that engines know.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -31,6 +35,7 @@ class RouterConfig(BaseModel):
     admin_host: str = "127.0.0.1"
     admin_port: Port = 8001
     policy: str = "least_requests"
+    aliases: dict[Name, Name] = {}
     limits: Limits = Limits()
 
     @field_validator("policy")
@@ -39,6 +44,14 @@ class RouterConfig(BaseModel):
         if name not in POLICIES:
             raise ValueError(f"{name!r} is not a policy; known are {', '.join(POLICIES)}")
         return name
+
+    @field_validator("aliases")
+    @classmethod
+    def _no_chains(cls, aliases: dict[str, str]) -> dict[str, str]:
+        for alias, model in aliases.items():
+            if model in aliases:
+                raise ValueError(f"{alias!r} stands for {model!r}, which is an alias itself")
+        return aliases
 
 
 class ModelConfig(EngineSpec):
@@ -62,6 +75,8 @@ class FleetConfig(BaseModel):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"models: the name {name!r} is given twice")
+            if name in self.router.aliases:
+                raise ValueError(f"router.aliases: {name!r} is the name of a model")
         return self
 
 

@@ -11,6 +11,7 @@ HerdError
     BadRequest             400
     UnknownModel           404
     UnknownRoute           404
+    ResponseNotFound       404
     MethodNotAllowed       405
     ClientTimeout          408
     TooLarge               413
@@ -85,6 +86,17 @@ class UnknownRoute(ApiError):
     status = 404
     type = "invalid_request_error"
     code = "unknown_url"
+
+
+class ResponseNotFound(ApiError):
+    """A stored response is gone. `param` says by which field it was asked for."""
+
+    status = 404
+    type = "invalid_request_error"
+
+    def __init__(self, message: str, *, param: str) -> None:
+        super().__init__(message, param=param)
+        self.code = f"{param.removesuffix('_id')}_not_found"  # OpenAI's: previous_response_not_found
 
 
 class MethodNotAllowed(ApiError):

@@ -16,7 +16,7 @@ from router.health import Endpoint, Watch
 from router.http.server import Server
 from router.http.upstream import Upstreams
 from router.metrics import Metrics
-from router.openai_api import error_body
+from router.openai_api import refusal
 from router.relay import Relay
 
 __all__ = ["Endpoint", "FrontDoor"]
@@ -38,10 +38,12 @@ class FrontDoor:
         self._watch = Watch(self.fleet, self.metrics)
         self._upstreams = Upstreams()
         policy = POLICIES[config.policy]
-        self._relay = Relay(self.fleet, policy, self.metrics, self._watch, self._upstreams, promised)
+        self._relay = Relay(
+            self.fleet, policy, self.metrics, self._watch, self._upstreams, promised, config.aliases
+        )
         admin = Admin(self.fleet, self.metrics, config.policy, promised)
-        self._front = Server(self._relay, error_body, config.limits)
-        self._admin = Server(admin, error_body, config.limits)
+        self._front = Server(self._relay, refusal, config.limits)
+        self._admin = Server(admin, refusal, config.limits)
         self.metrics.connections.set_function(lambda: len(self._front.connections))
 
     async def start(self) -> None:

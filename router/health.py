@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 PROBE_DOWN_S = 0.25
 # One that serves is asked seldom: its own requests show at once when it dies.
 PROBE_READY_S = 5.0
+# How long a client is asked to wait for a replica that cannot be reached now.
+RETRY_AFTER_S = 1
 # An engine on a busy machine may take seconds to answer while it is healthy.
 PROBE_TIMEOUT_S = 5.0
 

@@ -13,9 +13,9 @@ import time
 from dataclasses import dataclass
 from random import getrandbits
 
-from router import openai_api
+from router import multipart, openai_api, responses_api
 from router.affinity import affinity_key
-from router.core.fleet import Fleet, Flight
+from router.core.fleet import Fleet, Flight, Replica
 from router.core.placement import KEYED, Placement, Policy
 from router.errors import (
     ApiError,
@@ -28,19 +28,19 @@ from router.errors import (
     UpstreamBroken,
     UpstreamError,
 )
-from router.health import Watch
+from router.health import RETRY_AFTER_S, Watch
 from router.http import headers
+from router.http.event_watch import EventWatch
 from router.http.server import Reply, Request
-from router.http.sse import EventStream, Shortcut, StreamTooLong, Usage, usage_of
+from router.http.sse import EventStream, Shortcut, StreamTooLong, Usage
 from router.http.upstream import Exchange, Head, Upstreams
+from router.keepers import Keepers
 from router.metrics import Metrics, ModelMetrics
 
 log = logging.getLogger(__name__)
 
 JSON = (b"content-type", b"application/json")
 MAX_REQUEST_ID = 128  # longer ones are not identifiers; they would end up in logs and engine ids
-# How long a client is asked to wait when no replica can serve it: a replica is probed every 0.25 s.
-RETRY_AFTER_S = 1
 
 
 @dataclass(slots=True)
@@ -53,6 +53,7 @@ class Journey:
     reply: Reply
     metrics: ModelMetrics
     flight: Flight | None = None
+    watch: EventWatch | None = None
 
     @property
     def awaits_first_token(self) -> bool:
@@ -71,6 +72,7 @@ class Relay:
         watch: Watch,
         upstreams: Upstreams,
         promised: tuple[str, ...] = (),
+        aliases: openai_api.Aliases = openai_api.NO_ALIASES,
     ) -> None:
         self._fleet = fleet
         self._policy = policy
@@ -78,35 +80,38 @@ class Relay:
         self._metrics = metrics
         self._watch = watch
         self._promised = promised
+        self._aliases = aliases
         self._upstreams = upstreams
+        self._keepers = Keepers(fleet, watch)
         self._started = int(time.time())
 
     async def __call__(self, request: Request, reply: Reply) -> None:
         """Answers one request, whatever happens."""
         request_id = request_id_of(request)
         code = 499  # nginx's status for a client that left; seen in metrics only
-        path = request.path if request.path in openai_api.FAMILIES else "other"
+        family = openai_api.family_of(request.method, request.path)
         model = ""
         try:
-            if path == "other":
+            if family is None:
                 self._answer_own(request, reply, request_id)
             else:
-                call = self._read(request)
+                call = self._read(family, request)
+                keeper = self._keepers.of(call) if call.kept else None
                 model = call.model
-                await self._carry(Journey(call, request, request_id, reply, self._metrics.of(model)))
+                await self._carry(Journey(call, request, request_id, reply, self._metrics.of(model)), keeper)
             code = reply.status
         except ApiError as error:
             code = error.status
-            self._tell(error, reply, request_id)
+            self._tell(error, family, reply, request_id)
         except asyncio.CancelledError:
             self._metrics.of(model).disconnects.inc()
             raise
         except Exception:
             code = 500
             log.exception("request %s failed", request_id.decode("latin-1"))
-            self._tell(ApiError("The router failed on this request"), reply, request_id)
+            self._tell(ApiError("The router failed on this request"), family, reply, request_id)
         finally:
-            self._metrics.requests(model, path, str(code)).inc()
+            self._metrics.requests(model, family.path if family else "other", str(code)).inc()
 
     # -- what the router answers itself
 
@@ -117,7 +122,8 @@ class Relay:
             raise MethodNotAllowed(f"{request.path} takes GET")
         said = [JSON, (b"x-request-id", request_id)]
         if request.path == "/v1/models":
-            reply.send(200, said, openai_api.models_body(self._promised, self._fleet, self._started))
+            listed = openai_api.models_body(self._promised, self._fleet, self._started, self._aliases)
+            reply.send(200, said, listed)
         elif request.path == "/health" or self.ready:
             reply.send(200, said, b'{"status":"ok"}')
         else:
@@ -131,28 +137,41 @@ class Relay:
 
     # -- what replicas answer
 
-    def _read(self, request: Request) -> openai_api.Call:
+    def _read(self, family: openai_api.Family, request: Request) -> openai_api.Call:
+        if family is openai_api.STORED:
+            response_id = openai_api.stored_id(request.path)
+            kept = openai_api.Kept(about=response_id)
+            return openai_api.Call(family, self._keepers.model_of(response_id), kept=kept)
         if request.method != "POST":
             raise MethodNotAllowed(f"{request.path} takes POST")
-        call = openai_api.parse(openai_api.FAMILIES[request.path], request.body)
+        call = self._parse(family, request)
         if self._fleet.view(call.model).replicas:
             return call
         known = {*self._promised, *self._fleet.models()}
         if not known:
             raise NoCapacity("No replica has joined the fleet yet", retry_after=RETRY_AFTER_S)
         if call.model not in known:
+            names = ", ".join(sorted({*known, *self._aliases}))
             raise UnknownModel(
-                f"The model {call.model!r} does not exist; this fleet serves {', '.join(sorted(known))}",
-                param="model",
+                f"The model {call.model!r} does not exist; this fleet serves {names}", param="model"
             )
         return call
 
-    async def _carry(self, journey: Journey) -> None:
-        """Tries replicas until one has answered; each is tried once."""
+    def _parse(self, family: openai_api.Family, request: Request) -> openai_api.Call:
+        content_type = request.header(b"content-type") if family.forms else None
+        if content_type is not None and multipart.is_form(content_type):
+            return openai_api.parse_form(family, content_type, request.body, self._aliases)
+        return openai_api.parse(family, request.body, self._aliases)
+
+    async def _carry(self, journey: Journey, keeper: str | None) -> None:
+        """Tries replicas until one has answered; each is tried once. `keeper`: the only one that can."""
         key = affinity_key(journey.call, journey.request.headers) if self._keyed else None
         tried: frozenset[str] = frozenset()
         while True:
-            placement = self._place(journey.call.model, key, tried)
+            if keeper is None:
+                placement = self._place(journey.call.model, key, tried)
+            else:
+                placement = self._keepers.place(keeper, journey.call.model, tried)
             replica_id = placement.standing.id
             try:
                 await self._try(journey, placement)
@@ -179,7 +198,7 @@ class Relay:
         replica = placement.standing.replica
         loop = asyncio.get_running_loop()
         upstream = self._upstreams.at(replica.url)
-        message = upstream_message(journey, upstream.authority)
+        message = upstream_message(journey, replica, upstream.authority)
         self._metrics.overhead.observe(loop.time() - journey.request.received_at)
         journey.flight = self._fleet.started(replica.id, loop.time())
         try:
@@ -190,11 +209,14 @@ class Relay:
 
     async def _pass_on(self, journey: Journey, exchange: Exchange) -> None:
         journey.reply.attach(exchange.connection)
+        journey.watch = None
         try:
             if is_event_stream(exchange.head) and journey.call.transformed:
                 await self._stream(journey, exchange)
-            elif journey.call.family.tokens:
+            elif journey.call.family.tokens or is_json(exchange.head):
                 await self._whole(journey, exchange)
+            elif is_event_stream(exchange.head):
+                await self._watched(journey, exchange)
             else:
                 await self._verbatim(journey, exchange)
         finally:
@@ -239,13 +261,49 @@ class Relay:
 
     async def _whole(self, journey: Journey, exchange: Exchange) -> None:
         """A reply in one piece: held until it is whole, so that until then another replica can give it."""
+        assert journey.flight is not None
         parts: list[bytes] = []
         await exchange.body(parts.append)
         body = b"".join(parts)
         if exchange.head.status == 200:
             self._first_token(journey)
-            count(journey.metrics, usage_of(body))
+            count(journey.metrics, journey.call.family.usage_of(body))
+            if journey.call.family.keeps:
+                self._keepers.learn(responses_api.id_of(body), journey.flight.standing.id)
         journey.reply.send(exchange.head.status, returned(exchange.head, journey.request_id), body)
+
+    async def _watched(self, journey: Journey, exchange: Exchange) -> None:
+        """A stream of another family, passed on as it is: first output, token counts, its true end."""
+        family, reply, flight = journey.call.family, journey.reply, journey.flight
+        assert flight is not None
+        watch = journey.watch = EventWatch(family.ending)
+        reply.start(exchange.head.status, returned(exchange.head, journey.request_id))
+
+        def sink(data: bytes) -> None:
+            out = watch.feed(data)
+            if out:
+                if watch.events and flight.first_token_at is None:
+                    self._first_token(journey)
+                reply.write(out)
+
+        try:
+            await exchange.body(sink)
+        except StreamTooLong as error:
+            raise ReplyCut(str(error)) from None
+        except ReplyCut:
+            if not watch.done and watch.error is None:
+                raise
+        finally:
+            journey.metrics.events.inc(watch.events)
+            count(journey.metrics, family.streamed_usage(watch))
+            if family.keeps:
+                self._keepers.learn(responses_api.streamed_id(watch), flight.standing.id)
+        if watch.error is not None:
+            journey.metrics.truncated.inc()
+            reply.close_after()
+        elif watch.broken:
+            raise ReplyCut("the replica ended its stream without saying that it is whole")
+        reply.end()
 
     async def _verbatim(self, journey: Journey, exchange: Exchange) -> None:
         """A reply that the router does not read."""
@@ -285,22 +343,29 @@ class Relay:
     def _break_off(self, journey: Journey, error: UpstreamError) -> None:
         """The client has part of the reply: say that the rest is missing, never end as if it were whole."""
         journey.metrics.truncated.inc()
-        reply = journey.reply
+        reply, watch = journey.reply, journey.watch
         reply.close_after()
-        if journey.call.transformed:
-            reply.write(openai_api.error_event(UpstreamBroken(f"The stream broke off: {error}")))
+        broken = UpstreamBroken(f"The stream broke off: {error}")
+        if watch is not None:
+            reply.write(journey.call.family.error_event(broken, journey.request_id.decode("ascii"), watch))
+            reply.end()
+        elif journey.call.transformed:
+            reply.write(openai_api.error_event(broken))
             reply.end()
         else:
             reply.abort()
 
-    def _tell(self, error: ApiError, reply: Reply, request_id: bytes) -> None:
+    def _tell(
+        self, error: ApiError, family: openai_api.Family | None, reply: Reply, request_id: bytes
+    ) -> None:
         if reply.started:
             reply.abort()
             return
         said = [JSON, (b"x-request-id", request_id)]
         if error.retry_after is not None:
             said.append((b"retry-after", b"%d" % error.retry_after))
-        reply.send(error.status, said, openai_api.error_body(error))
+        family = family or openai_api.OTHER
+        reply.send(error.status, said, family.error_body(error, request_id.decode("ascii")))
 
 
 def request_id_of(request: Request) -> bytes:
@@ -311,16 +376,18 @@ def request_id_of(request: Request) -> bytes:
     return os.urandom(16).hex().encode("ascii")
 
 
-def upstream_message(journey: Journey, authority: bytes) -> bytes:
+def upstream_message(journey: Journey, replica: Replica, authority: bytes) -> bytes:
     """The request as the engine gets it."""
-    body = journey.call.upstream_body()
+    call, request = journey.call, journey.request
+    nameless = call.kept is not None and call.kept.nameless
+    body = call.upstream_body(responses_api.new_id(replica.id) if nameless else None)
     lines = [
-        b"POST %b HTTP/1.1" % journey.request.target.encode("latin-1"),
+        b"%b %b HTTP/1.1" % (request.method.encode("ascii"), request.target.encode("latin-1")),
         b"host: " + authority,
         b"content-length: %d" % len(body),
         b"x-request-id: " + journey.request_id,
     ]
-    lines += [b"%b: %b" % header for header in headers.to_engine(journey.request.headers)]
+    lines += [b"%b: %b" % header for header in headers.to_engine(request.headers)]
     return b"\r\n".join(lines) + b"\r\n\r\n" + body
 
 
@@ -341,3 +408,8 @@ def is_event_stream(head: Head) -> bool:
     """Whether the engine streams: it may also answer a streaming request with a plain error."""
     content_type = head.header(b"content-type") or b""
     return head.status == 200 and content_type.startswith(b"text/event-stream")
+
+
+def is_json(head: Head) -> bool:
+    """Whether the reply is one JSON document, whole or nothing."""
+    return (head.header(b"content-type") or b"").startswith(b"application/json")

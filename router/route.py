@@ -40,6 +40,18 @@ def endpoint(url: str) -> Endpoint:
     return Endpoint(id=address, url=address)
 
 
+def stands_for(given: Sequence[str]) -> dict[str, str]:
+    """What each `ALIAS=MODEL` of the command line stands for."""
+    aliases: dict[str, str] = {}
+    for pair in given:
+        alias, _, model = pair.partition("=")
+        if not alias or not model:
+            raise ConfigError(f"--model-alias: {pair!r} is not of the form ALIAS=MODEL")
+        if aliases.setdefault(alias, model) != model:
+            raise ConfigError(f"--model-alias: {alias!r} is given twice")
+    return aliases
+
+
 async def _route(endpoints: list[Endpoint], config: RouterConfig, say: Callable[[str], None]) -> None:
     front = FrontDoor(config)
     await front.start()

@@ -125,7 +125,8 @@ def answering(process: Running, url: str, kind: str, timeout: float) -> RunningE
 
 def start_engine(start: Start, kind: str, args: dict[str, Any]) -> RunningEngine:
     """An engine of the demo model, started the way a replica starts it."""
-    engine = make_engine(EngineSpec(engine=kind, name=MODEL, source="demo", engine_args=args))
+    store = {"VLLM_ENABLE_RESPONSES_API_STORE": "1"}  # the simulated engine always keeps responses
+    engine = make_engine(EngineSpec(engine=kind, name=MODEL, source="demo", engine_args=args, env=store))
     address = Address("127.0.0.1", free_port())
     command = engine.command(address)
     process = start(*command.argv, env=command.env)

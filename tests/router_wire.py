@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 from router.core.fleet import Fleet, Replica
 from router.core.placement import least_requests
@@ -12,7 +12,7 @@ from router.health import Watch
 from router.http.server import Handler, Limits, Server
 from router.http.upstream import Upstreams
 from router.metrics import Metrics
-from router.openai_api import error_body
+from router.openai_api import Aliases, refusal
 from router.relay import Relay
 
 WAIT_S = 10.0  # a test that waits longer has failed
@@ -125,7 +125,7 @@ async def engine(script: Script) -> AsyncIterator[tuple[Engine, str]]:
 
 @contextlib.asynccontextmanager
 async def serving(handler: Handler, limits: Limits | None = None) -> AsyncIterator[tuple[Server, int]]:
-    server = Server(handler, error_body, limits or Limits())
+    server = Server(handler, refusal, limits or Limits())
     port = await server.start("127.0.0.1", 0)
     try:
         yield server, port
@@ -134,14 +134,17 @@ async def serving(handler: Handler, limits: Limits | None = None) -> AsyncIterat
 
 
 @contextlib.asynccontextmanager
-async def relaying(*urls: str, policy=least_requests) -> AsyncIterator[tuple[Relay, Fleet, int]]:
-    """A relay in front of these engines, each serving the model `m`; ids are r0, r1, ..."""
+async def relaying(
+    *urls: str, policy=least_requests, models: Sequence[str] = (), aliases: Aliases | None = None
+) -> AsyncIterator[tuple[Relay, Fleet, int]]:
+    """A relay in front of these engines; ids are r0, r1, ... Each serves its one of `models`, else `m`."""
     fleet = Fleet()
     for i, url in enumerate(urls):
-        fleet.joined(Replica(id=f"r{i}", url=url, models=("m",), max_model_len=100), now=0.0)
+        model = models[i] if models else "m"
+        fleet.joined(Replica(id=f"r{i}", url=url, models=(model,), max_model_len=100), now=0.0)
     metrics = Metrics()
     upstreams = Upstreams()
-    relay = Relay(fleet, policy, metrics, Watch(fleet, metrics), upstreams)
+    relay = Relay(fleet, policy, metrics, Watch(fleet, metrics), upstreams, (), aliases or {})
     async with serving(relay) as (_, port):
         try:
             yield relay, fleet, port

@@ -138,11 +138,11 @@ def simulated_engine(start: Start, *flags: str) -> Server:
     return Server(running, url)
 
 
-def router(start: Start, *engines: Server) -> Server:
+def router(start: Start, *engines: Server, flags: Sequence[str] = ()) -> Server:
     """`herd route` in front of these engines, when all of them get requests."""
     port, admin_port = free_port(), free_port()
     ports = ("--host", "127.0.0.1", "--port", str(port), "--admin-port", str(admin_port))
-    running = start(*HERD, "route", *ports, "--worker-urls", *(engine.url for engine in engines))
+    running = start(*HERD, "route", *ports, *flags, "--worker-urls", *(engine.url for engine in engines))
     server = Server(running, f"http://127.0.0.1:{port}", f"http://127.0.0.1:{admin_port}")
     wait_for(running, f"{server.url}/ready")
     eventually(lambda: states(server) == {engine.url: "ready" for engine in engines})

@@ -25,8 +25,8 @@ from router.http.headers import Headers, first
 log = logging.getLogger(__name__)
 
 Handler = Callable[["Request", "Reply"], Awaitable[None]]
-# Writes the body of an error that the HTTP layer itself found: (error) -> JSON bytes.
-ErrorBody = Callable[[ApiError], bytes]
+# Writes the body of an error that the HTTP layer itself found: (error, path if known) -> JSON bytes.
+ErrorBody = Callable[[ApiError, str], bytes]
 
 BACKLOG = 4096  # connections the kernel holds while a burst is accepted
 # Requests that may wait on one connection. Reading must go on beyond it, or a client's leaving is not seen.
@@ -361,7 +361,7 @@ class Connection(asyncio.Protocol):
             self._tell(error)
 
     def _tell(self, error: ApiError) -> None:
-        body = self._server.error_body(error)
+        body = self._server.error_body(error, self._target.decode("latin-1").partition("?")[0])
         head = b"HTTP/1.1 %d %b\r\n" % (error.status, _REASONS[error.status])
         head += b"content-type: application/json\r\ncontent-length: %d\r\n" % len(body)
         head += b"connection: close\r\n\r\n"

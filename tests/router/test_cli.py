@@ -53,6 +53,17 @@ def test_status_is_quick(tmp_path: Path) -> None:
         (("route",), 2, "--worker-urls"),
         (("route", "--worker-urls", "localhost:8000"), 1, "--worker-urls: 'localhost:8000'"),
         (("route", "--worker-urls", "http://127.0.0.1:1", "--policy", "magic"), 1, "'magic' is not a policy"),
+        (("route", "--worker-urls", "http://127.0.0.1:1", "--model-alias", "a"), 1, "'a' is not of the form"),
+        (
+            ("route", "--worker-urls", "http://h:1", "--model-alias", "a=b", "--model-alias", "a=c"),
+            1,
+            "--model-alias: 'a' is given twice",
+        ),
+        (
+            ("route", "--worker-urls", "http://h:1", "--model-alias", "a=b", "--model-alias", "b=c"),
+            1,
+            "'a' stands for 'b', which is an alias itself",
+        ),
     ],
 )
 def test_wrong_arguments_are_named_in_one_line(args: tuple[str, ...], code: int, says: str) -> None:

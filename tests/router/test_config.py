@@ -13,6 +13,11 @@ def test_a_fleet_needs_no_more_than_a_model():
     assert (fleet.router.port, fleet.router.admin_port, fleet.router.policy) == (8000, 8001, "least_requests")
 
 
+def test_a_model_may_have_other_names():
+    fleet = parse({"models": [MODEL], "router": {"aliases": {"gpt-4o": "m", "o1": "m"}}})
+    assert fleet.router.aliases == {"gpt-4o": "m", "o1": "m"}
+
+
 @pytest.mark.parametrize(
     ("args", "told"),
     [
@@ -28,6 +33,16 @@ def test_a_fleet_needs_no_more_than_a_model():
             "router.policy: 'best' is not a policy; known are least_requests, power_of_two, "
             "consistent_hash, round_robin, random",
         ),
+        (
+            {"models": [MODEL], "router": {"aliases": {"a": "b", "b": "m"}}},
+            "router.aliases: 'a' stands for 'b', which is an alias itself",
+        ),
+        ({"models": [MODEL], "router": {"aliases": {"a": "a"}}}, "router.aliases: 'a' stands for 'a'"),
+        (
+            {"models": [MODEL], "router": {"aliases": {"m": "x"}}},
+            "router.aliases: 'm' is the name of a model",
+        ),
+        ({"models": [MODEL], "router": {"aliases": {"a": ""}}}, "router.aliases.a: String should have"),
         ({"models": [MODEL], "router": {"limits": {"idle_s": 0}}}, "router.limits.idle_s: "),
         ({"models": [MODEL], "rooter": {}}, "rooter: Extra inputs are not permitted"),
     ],

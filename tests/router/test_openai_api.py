@@ -6,10 +6,26 @@ from hypothesis import strategies as st
 
 from router.core.fleet import Replica, Standing
 from router.errors import BadRequest, NoCapacity, UnknownModel
-from router.openai_api import FAMILIES, error_body, error_event, models_body, parse
+from router.openai_api import (
+    FAMILIES,
+    OTHER,
+    OTHER_MESSAGES,
+    STORED,
+    Kept,
+    error_body,
+    error_event,
+    family_of,
+    models_body,
+    parse,
+    parse_form,
+    refusal,
+    stored_id,
+)
 
 CHAT = FAMILIES["/v1/chat/completions"]
 RESPONSES = FAMILIES["/v1/responses"]
+EMBEDDINGS = FAMILIES["/v1/embeddings"]
+TRANSCRIPTIONS = FAMILIES["/v1/audio/transcriptions"]
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -29,7 +45,7 @@ STREAM = {"stream": True}
         (CHAT, {}, {}),
         (CHAT, {"stream": False}, {}),
         (CHAT, {"stream": None}, {}),
-        (RESPONSES, STREAM, {}),
+        (EMBEDDINGS, STREAM, {}),
         (CHAT, STREAM, BOTH),
         (CHAT, {**STREAM, "return_token_ids": False}, BOTH),
         (CHAT, {**STREAM, "return_token_ids": True}, USAGE),
@@ -53,6 +69,127 @@ def test_unknown_members_pass_untouched(fields):
 def test_a_body_that_needs_no_change_is_the_same_bytes():
     body = b'{ "model" : "m", "x": 1.0e2, "x": 2 }'
     assert parse(CHAT, body).upstream_body() is body
+
+
+@pytest.mark.parametrize("family", [CHAT, RESPONSES, EMBEDDINGS])
+def test_only_the_model_of_an_alias_is_rewritten(family):
+    body = b'{"x": 1.50, "model": "gpt-4o", "y": {"model": "gpt-4o"}}'
+    call = parse(family, body, {"gpt-4o": "llama", "other": "x"})
+    assert call.model == "llama"
+    assert call.upstream_body() == b'{"x":1.50,"model":"llama","y":{"model": "gpt-4o"}}'
+    assert parse(family, body, {"other": "x"}).upstream_body() is body
+    streamed = parse(CHAT, b'{"model":"gpt-4o","stream":true}', {"gpt-4o": "llama"})
+    assert json.loads(streamed.upstream_body()) == {"model": "llama", **STREAM, **BOTH}
+
+
+@pytest.mark.parametrize(
+    ("members", "kept"),
+    [
+        ({}, Kept(None, nameless=True)),
+        ({"store": True}, Kept(None, nameless=True)),
+        ({"store": None, "request_id": None}, Kept(None, nameless=True)),
+        ({"store": False}, Kept(None)),
+        ({"request_id": "mine"}, Kept(None)),
+        ({"previous_response_id": "resp_1"}, Kept("resp_1", nameless=True)),
+        ({"previous_response_id": "resp_1", "store": False}, Kept("resp_1")),
+    ],
+)
+def test_what_a_response_has_to_do_with_stored_ones(members, kept):
+    assert parse(RESPONSES, json.dumps({"model": "m", **members}).encode()).kept == kept
+    assert parse(CHAT, json.dumps({"model": "m", **members}).encode()).kept is None
+
+
+def test_a_response_is_given_its_id():
+    call = parse(RESPONSES, b'{"model": "m", "temperature": 0.50}')
+    assert call.upstream_body("resp_1") == b'{"model":"m","temperature":0.50,"request_id":"resp_1"}'
+    assert call.upstream_body() is call.body
+
+
+@pytest.mark.parametrize("field", ["previous_response_id", "request_id"])
+def test_ids_of_responses_are_text(field):
+    with pytest.raises(BadRequest) as raised:
+        parse(RESPONSES, json.dumps({"model": "m", field: 1}).encode())
+    assert raised.value.param == field
+
+
+FORM = b'--b\r\nContent-Disposition: form-data; name="model"\r\n\r\n%b\r\n--b--\r\n'
+
+
+def test_a_form_is_read_and_rewritten_where_it_names_its_model():
+    body = FORM % b"whisper-1"
+    call = parse_form(TRANSCRIPTIONS, b"multipart/form-data; boundary=b", body)
+    assert (call.model, call.upstream_body()) == ("whisper-1", body)
+    aliased = parse_form(TRANSCRIPTIONS, b"multipart/form-data; boundary=b", body, {"whisper-1": "large"})
+    assert (aliased.model, aliased.upstream_body()) == ("large", FORM % b"large")
+
+
+@pytest.mark.parametrize("model", [b"", b"\xff"])
+def test_a_form_without_a_model_is_refused(model):
+    with pytest.raises(BadRequest) as raised:
+        parse_form(TRANSCRIPTIONS, b"multipart/form-data; boundary=b", FORM % model)
+    assert raised.value.param == "model"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "family"),
+    [
+        ("POST", "/v1/chat/completions", CHAT),
+        ("GET", "/v1/chat/completions", CHAT),  # to be told that it takes POST
+        ("POST", "/rerank", FAMILIES["/rerank"]),
+        ("POST", "/v1/audio/translations", FAMILIES["/v1/audio/translations"]),
+        ("POST", "/v1/messages/count_tokens", FAMILIES["/v1/messages/count_tokens"]),
+        ("POST", "/v1/images/generations", OTHER),
+        ("POST", "/v1/chat/completions/render", OTHER),
+        ("POST", "/v1/responses/compact", OTHER),
+        ("POST", "/v1/audio/v1.5/speech", OTHER),
+        ("POST", "/v1/messages/batches", OTHER_MESSAGES),
+        ("GET", "/v1/responses/resp_1", STORED),
+        ("DELETE", "/v1/responses/resp_1", STORED),
+        ("GET", "/v1/responses/resp_1/input_items", STORED),
+        ("POST", "/v1/responses/my.id:7~-/cancel", STORED),
+        ("GET", "/v1/images/generations", None),
+        ("PUT", "/v1/responses/resp_1", None),
+        ("GET", "/v1/responses/", None),
+        ("GET", "/v1/responses/..", None),
+        ("GET", "/v1/responses/a%2Fb", None),
+        ("POST", "/v1/models", None),
+        ("POST", "/v1/load_lora_adapter", None),
+        ("POST", "/v1/unload_lora_adapter", None),
+        ("POST", "/v1/load_lora_adapter/", None),
+        ("POST", "/v1/../reset_prefix_cache", None),
+        ("POST", "/v1/x/../load_lora_adapter", None),
+        ("POST", "/v1//load_lora_adapter", None),
+        ("POST", "/v1/load%5Flora_adapter", None),
+        ("POST", "/v1/", None),
+        ("POST", "/v1", None),
+        ("POST", "/v1/x\n", None),
+        ("POST", "/reset_prefix_cache", None),
+        ("POST", "/metrics", None),
+        ("GET", "/health", None),
+    ],
+)
+def test_which_requests_go_to_engines(method, path, family):
+    assert family_of(method, path) is family
+
+
+def test_the_id_in_a_path():
+    assert stored_id("/v1/responses/resp_1") == stored_id("/v1/responses/resp_1/cancel") == "resp_1"
+
+
+@pytest.mark.parametrize(
+    ("path", "anthropic"),
+    [
+        ("/v1/messages", True),
+        ("/v1/messages/x", True),
+        ("/v1/chat/completions", False),
+        ("", False),
+        ("/x", False),
+    ],
+)
+def test_refusals_of_the_http_layer_have_the_shape_of_their_path(path, anthropic):
+    told = json.loads(refusal(BadRequest("no"), path))
+    assert told["error"]["type"] == "invalid_request_error"
+    assert ("param" not in told["error"], told.get("type") == "error") == (anthropic, anthropic)
 
 
 @pytest.mark.parametrize("model", [b"null", b'""', b"3", b"[]"])
@@ -92,4 +229,14 @@ def test_models_are_listed_from_the_registry():
         ("a", 10, 5),
         ("b", 10, 5),
         ("promised", None, 5),
+    ]
+
+
+def test_aliases_are_listed_with_the_model_behind_them():
+    standing = Standing(Replica(id="r", url="http://r", models=("llama", "gpt-4o"), max_model_len=10))
+    listed = json.loads(models_body((), [standing], 5, {"gpt-4o": "llama", "o1": "gone"}))["data"]
+    assert [(m["id"], m.get("root"), m.get("parent"), m["max_model_len"]) for m in listed] == [
+        ("gpt-4o", "llama", "llama", 10),
+        ("llama", None, None, 10),
+        ("o1", "gone", "gone", None),
     ]

@@ -566,6 +566,19 @@ def test_responses(engine: RunningEngine) -> None:
     assert text == body["output"][0]["content"][0]["text"]
 
 
+def test_a_response_has_the_id_that_it_was_given(engine: RunningEngine) -> None:
+    """By which the router knows who keeps it; the X-Request-Id that goes along has no part in it."""
+    request = {"input": "hello", "max_output_tokens": 3, "request_id": "resp_herd_0_0"}
+    header = {"x-request-id": "another"}
+    assert engine.post("/v1/responses", request, headers=header).json()["id"] == "resp_herd_0_0"
+    streamed = engine.post("/v1/responses", {**request, "stream": True}, headers=header)
+    events = [data for _, data in events_of(streamed.text) if "response" in data]
+    assert {data["response"]["id"] for data in events} == {"resp_herd_0_0"}
+    assert engine.get("/v1/responses/resp_herd_0_0")["id"] == "resp_herd_0_0"
+    following = engine.post("/v1/responses", {"input": "more", "previous_response_id": "resp_herd_0_0"})
+    assert following.json()["previous_response_id"] == "resp_herd_0_0"
+
+
 def test_the_openai_client_streams_tools_and_text(engine: RunningEngine) -> None:
     with openai.OpenAI(base_url=f"{engine.url}/v1", api_key="none") as client:
         messages: Any = [{"role": "user", "content": "hello"}]

@@ -8,13 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import openai
 import pytest
-from engine_wire import MODEL, RunningEngine, StartSimulated, events_of
-from support import ROOT, Start, eventually, free_port, get, simulated_engine
+from engine_wire import MODEL, RunningEngine, StartSimulated, events_of, shape, start_engine
+from support import ROOT, Start, eventually, free_port, get, processes, simulated_engine
 
 from workers import demo_model
 from workers.simulated.tokenizer import Tokenizer
@@ -301,6 +302,97 @@ def test_embeddings_are_unit_vectors_of_the_text(simulated: StartSimulated) -> N
     assert [len(vector) for vector in vectors] == [16, 16, 16]
     assert sum(value * value for value in vectors[0]) == pytest.approx(1)
     assert vectors[0] == vectors[2] != vectors[1]
+
+
+SCORE_USAGE = (
+    "usage:{prompt_tokens,total_tokens,completion_tokens,prompt_tokens_details,completion_tokens_details}"
+)
+# As vLLM 0.32 declares them (pooling/scoring/protocol.py, speech_to_text/transcription/protocol.py): the demo
+# model of the contract tests is none that scores or hears.
+SCORES = f"{{id,object,created,model,data:[{{index,object,score}}],{SCORE_USAGE}}}"
+RANKING = (
+    "{id,model,usage:{prompt_tokens,total_tokens},"
+    "results:[{index,document:{text,multi_modal},relevance_score}]}"
+)
+
+
+@pytest.fixture(scope="module")
+def sensible(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningEngine]:
+    """One engine that scores and hears."""
+    with processes(tmp_path_factory.mktemp("sensible")) as start:
+        yield start_engine(start, "simulated", {"speed": 100})
+
+
+@pytest.mark.parametrize("path", ["/score", "/v1/score"])
+@pytest.mark.parametrize("sides", [("text_1", "text_2"), ("data_1", "data_2"), ("queries", "documents")])
+def test_scores_say_how_alike_texts_are(sensible: RunningEngine, path: str, sides: tuple[str, str]) -> None:
+    left, right = sides
+    body = sensible.post(path, {left: "a cow", right: ["a cow", "a tractor"]}).json()
+    assert shape(body) == SCORES
+    same, other = (entry["score"] for entry in body["data"])
+    assert same == pytest.approx(1)
+    assert 0 <= other < 1
+
+
+@pytest.mark.parametrize("path", ["/rerank", "/v1/rerank", "/v2/rerank"])
+def test_reranking_puts_the_likest_first(sensible: RunningEngine, path: str) -> None:
+    documents = ["a tractor", "a cow", "a barn"]
+    body = sensible.post(path, {"query": "a cow", "documents": documents}).json()
+    assert shape(body) == RANKING
+    scores = [result["relevance_score"] for result in body["results"]]
+    assert scores == sorted(scores, reverse=True)
+    assert documents[body["results"][0]["index"]] == "a cow"
+    assert all(result["document"]["text"] == documents[result["index"]] for result in body["results"])
+    top = sensible.post(path, {"query": "a cow", "documents": documents, "top_n": 1}).json()
+    assert top["results"] == body["results"][:1]
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ({"text_1": [], "text_2": "x"}, "At least one text element"),
+        ({"text_1": "x", "text_2": []}, "At least one text_pair element"),
+        ({"text_1": ["x", "y"], "text_2": ["x", "y", "z"]}, "1:1, 1:N or N:N"),
+        ({"text_1": "x"}, "Field required"),
+    ],
+)
+def test_refuses_texts_that_make_no_pairs(sensible: RunningEngine, body: dict[str, Any], told: str) -> None:
+    reply = sensible.post("/score", body)
+    assert reply.status_code == 400
+    assert told in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("task", ["transcription", "translation"])
+def test_what_is_heard_depends_on_the_file(sensible: RunningEngine, task: str) -> None:
+    sound = b"RIFF\r\n--" + bytes(range(256)) * 200
+
+    def heard(file: bytes, **fields: str) -> httpx.Response:
+        form = {"model": MODEL, **fields}
+        with sensible.client() as client:
+            return client.post(f"/v1/audio/{task}s", data=form, files={"file": ("a.wav", file)})
+
+    body = heard(sound).json()
+    assert shape(body) == "{text,usage:{type,seconds}}"
+    assert body["usage"] == {"type": "duration", "seconds": 2}
+    assert body["text"]
+    assert heard(sound).json() == body
+    assert heard(sound + b"!").json()["text"] != body["text"]
+
+    events = events_of(heard(sound, stream="true").text)
+    assert events.pop() == ("", "[DONE]")
+    chunks = [data for _, data in events]
+    assert {chunk["object"] for chunk in chunks} == {f"{task}.chunk"}
+    assert "".join(chunk["choices"][0]["delta"]["content"] for chunk in chunks) == body["text"]
+    assert chunks[-1]["choices"][0]["finish_reason"] in ("stop", "length")
+
+    assert heard(sound, model="nope").status_code == 404
+    assert heard(sound, response_format="srt").status_code == 400
+
+
+def test_hears_only_forms(sensible: RunningEngine) -> None:
+    reply = sensible.post("/v1/audio/transcriptions", {"file": "x"})
+    assert reply.status_code == 400
+    assert reply.json()["error"]["param"] == "body.file"
 
 
 def test_responses_follow_on_each_other(simulated: StartSimulated) -> None:

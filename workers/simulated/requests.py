@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Required, TypeVar
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 from typing_extensions import TypedDict
 
 from workers.simulated import errors
@@ -204,6 +204,43 @@ class EmbeddingsRequest(Body):
     encoding_format: Literal["float", "base64"] = "float"
 
 
+Texts = str | list[str]
+
+
+class ScoreRequest(Body):
+    """POST /score. vLLM knows the two sides by four pairs of names."""
+
+    left: Texts = Field(validation_alias=AliasChoices("text_1", "data_1", "queries"))
+    right: Texts = Field(validation_alias=AliasChoices("text_2", "data_2", "documents", "items"))
+
+    @property
+    def pairs(self) -> tuple[list[str], list[str]]:
+        """The texts of both sides."""
+        return as_list(self.left), as_list(self.right)
+
+
+class RerankRequest(Body):
+    """POST /rerank."""
+
+    query: str
+    documents: Texts
+    top_n: int = Field(default=0, ge=0)
+
+
+def as_list(texts: Texts) -> list[str]:
+    """One text or several as several."""
+    return [texts] if isinstance(texts, str) else texts
+
+
+class TranscriptionRequest(Body):
+    """POST /v1/audio/transcriptions and /v1/audio/translations: the fields of a form."""
+
+    file: bytes
+    response_format: str = "json"
+    stream: bool | None = False
+    max_completion_tokens: int | None = None
+
+
 class TokenizeRequest(Body):
     """POST /tokenize, of a text or a chat."""
 
@@ -241,6 +278,11 @@ def parse(kind: type[Parsed], content_type: str, body: bytes) -> Parsed:
         message = "Input should be a valid dictionary or object to extract fields from"
         raise errors.malformed([{"type": "model_attributes_type", "loc": (), "msg": message, "input": value}])
     _check_before_parsing(kind, value)
+    return validated(kind, value)
+
+
+def validated(kind: type[Parsed], value: Mapping[str, Any]) -> Parsed:
+    """The members of a body as its type. ApiError in vLLM's words if they do not fit."""
     try:
         return kind.model_validate(value)
     except pydantic.ValidationError as error:

@@ -20,6 +20,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from workers.simulated import (
+    audio,
     chat,
     completions,
     core,
@@ -29,6 +30,7 @@ from workers.simulated import (
     options,
     requests,
     responses,
+    scoring,
 )
 from workers.simulated.event_stream import Answer, EventStream, aborted_on_disconnect
 from workers.simulated.events import KVEventPublisher, start_replay
@@ -101,6 +103,13 @@ class Server:
             ("/v1/messages", self._messages),
             ("/v1/messages/count_tokens", self._count_tokens),
             ("/v1/embeddings", self._embeddings),
+            ("/score", self._score),
+            ("/v1/score", self._score),
+            ("/rerank", self._rerank),
+            ("/v1/rerank", self._rerank),
+            ("/v2/rerank", self._rerank),
+            ("/v1/audio/transcriptions", self._transcriptions),
+            ("/v1/audio/translations", self._translations),
             ("/tokenize", self._tokenize),
             ("/detokenize", self._detokenize),
             ("/reset_prefix_cache", self._reset_prefix_cache),
@@ -159,6 +168,29 @@ class Server:
         body = await _parsed(requests.EmbeddingsRequest, request)
         self._refuse_by_fault()
         return _json(await embeddings.answer(self.service, body))
+
+    async def _score(self, request: Request) -> Response:
+        body = await _parsed(requests.ScoreRequest, request)
+        self._refuse_by_fault()
+        return _json(await scoring.score(self.service, body, request.headers.get("x-request-id")))
+
+    async def _rerank(self, request: Request) -> Response:
+        body = await _parsed(requests.RerankRequest, request)
+        self._refuse_by_fault()
+        return _json(await scoring.rerank(self.service, body, request.headers.get("x-request-id")))
+
+    async def _transcriptions(self, request: Request) -> Response:
+        return await self._heard(request, "transcription")
+
+    async def _translations(self, request: Request) -> Response:
+        return await self._heard(request, "translation")
+
+    async def _heard(self, request: Request, task: str) -> Response:
+        fields = audio.form(request.headers.get("content-type", ""), await request.body())
+        body = requests.validated(requests.TranscriptionRequest, fields)
+        self._refuse_by_fault()
+        answer = await audio.start(self.service, body, task, request.headers.get("x-request-id"))
+        return await self._answered(request, answer, body.stream, _openai_break)
 
     async def _answered(
         self,

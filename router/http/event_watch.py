@@ -1,0 +1,137 @@
+"""Streams that the router passes on as they are and only watches: how far they got, and how they end.
+
+Pure: bytes in, the same bytes out, in whole events. An event is known by its name; nothing is decoded per
+event. What a stream told of itself is kept as the events were, to be read once when it is over.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import msgspec
+
+from router.http.sse import MAX_EVENT_BYTES, StreamTooLong
+
+# How events without a name are called here: chat's chunks have none.
+DATA, DONE, ERROR = b"data", b"[DONE]", b"error"
+_EVENT = b"event:"
+_DONE_DATA = (b"data: [DONE]", b"data:[DONE]")
+_ERROR_DATA = (b'data: {"error"', b'data:{"error"')
+
+
+class _Typed(msgspec.Struct):
+    type: str = ""
+
+
+_decode_type = msgspec.json.Decoder(_Typed).decode
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """By which events a kind of stream says that it is whole, or that it failed.
+
+    `output`: what the names of events with output end in. `counts`: events that tell token counts;
+    `aborted`: what the last of them holds if the engine gave the request up, which else looks whole.
+    `named`: events have names, or at least a `type` in their data. `said`: a stream that ends without one of
+    these events is broken.
+    """
+
+    whole: frozenset[bytes] = frozenset({DONE})
+    failed: frozenset[bytes] = frozenset({ERROR})
+    output: bytes = DATA
+    counts: frozenset[bytes] = frozenset()
+    aborted: bytes = b""
+    named: bool = False
+    said: bool = True
+
+
+# Chat's convention, which most streams follow that have no events of their own.
+CHUNKS = Ending()
+UNKNOWN = Ending(said=False)
+
+
+@dataclass(slots=True)
+class EventWatch:
+    """One stream on its way to the client: `feed` takes what the engine sent, returns what the client gets.
+
+    A stream that failed does not end as if it were whole: vLLM says [DONE] after an error, which is dropped.
+    """
+
+    ending: Ending
+    events: int = 0  # events with output
+    done: bool = False  # it said that it is whole
+    error: bytes | None = None  # the event by which it said that it failed
+    first: bytes = b""
+    last: bytes = b""
+    counts: list[bytes] = field(default_factory=list)
+    _held: bytes = b""
+
+    def feed(self, data: bytes) -> bytes:
+        """Whole events out; the rest is held until its end arrives. Raises StreamTooLong."""
+        if not self._held and data.endswith(b"\n\n") and data.find(b"\n\n") == len(data) - 2:
+            return self._event(data)  # one event: what most reads from an engine are
+        data = self._held + data
+        if b"\r" in data:
+            data = data.replace(b"\r\n", b"\n")
+        *events, self._held = data.split(b"\n\n")
+        if len(self._held) > MAX_EVENT_BYTES:
+            raise StreamTooLong(f"an event of more than {MAX_EVENT_BYTES} bytes")
+        return b"".join([self._event(event + b"\n\n") for event in events])
+
+    @property
+    def broken(self) -> bool:
+        """Whether something is missing if nothing more comes."""
+        return not self.done and self.error is None and (self.ending.said or bool(self._held))
+
+    def _event(self, event: bytes) -> bytes:
+        """One event with its blank line, and what of it goes on."""
+        name, ending = self._name(event), self.ending
+        if name in ending.counts:
+            self.counts.append(event)
+        if name.endswith(ending.output):
+            self.events += 1
+        elif name in ending.whole or name == DONE:
+            if self.error is not None or self._given_up:
+                return b""
+            self.done = self.done or name in ending.whole
+        elif name in ending.failed:
+            self.error = event
+        if name:
+            self.first = self.first or event
+            self.last = event
+        return event
+
+    @property
+    def _given_up(self) -> bool:
+        aborted = self.ending.aborted
+        return bool(aborted and self.counts) and aborted in self.counts[-1]
+
+    def _name(self, event: bytes) -> bytes:
+        if event.startswith(_EVENT):
+            return event[len(_EVENT) : event.find(b"\n")].strip()
+        return self._nameless(event)
+
+    def _nameless(self, event: bytes) -> bytes:
+        """An event that does not begin with its name, or has none."""
+        at = event.find(b"\n" + _EVENT) + 1
+        if at:
+            return self._name(event[at:])
+        if event.startswith(_DONE_DATA):
+            return DONE
+        if event.startswith(_ERROR_DATA):
+            return ERROR
+        if not event.startswith(b"data:"):
+            return b""  # a comment
+        return _type_of(event) if self.ending.named else DATA
+
+
+def data_of(event: bytes) -> bytes:
+    """The JSON of an event of one data line."""
+    return event[event.find(b"{") :]
+
+
+def _type_of(event: bytes) -> bytes:
+    try:
+        return _decode_type(data_of(event)).type.encode()
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return b""
