@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from router.http.sse import MAX_EVENT_BYTES, StreamTooLong
+from router.http.sse import Splitter
 
 # How events without a name are called here: chat's chunks have none.
 DATA, DONE, ERROR = b"data", b"[DONE]", b"error"
@@ -64,24 +64,16 @@ class EventWatch:
     first: bytes = b""
     last: bytes = b""
     counts: list[bytes] = field(default_factory=list)
-    _held: bytes = b""
+    _splitter: Splitter = field(default_factory=Splitter)
 
     def feed(self, data: bytes) -> bytes:
         """Whole events out; the rest is held until its end arrives. Raises StreamTooLong."""
-        if not self._held and data.endswith(b"\n\n") and data.find(b"\n\n") == len(data) - 2:
-            return self._event(data)  # one event: what most reads from an engine are
-        data = self._held + data
-        if b"\r" in data:
-            data = data.replace(b"\r\n", b"\n")
-        *events, self._held = data.split(b"\n\n")
-        if len(self._held) > MAX_EVENT_BYTES:
-            raise StreamTooLong(f"an event of more than {MAX_EVENT_BYTES} bytes")
-        return b"".join([self._event(event + b"\n\n") for event in events])
+        return b"".join([self._event(event) for event in self._splitter.feed(data)])
 
     @property
     def broken(self) -> bool:
         """Whether something is missing if nothing more comes."""
-        return not self.done and self.error is None and (self.ending.said or bool(self._held))
+        return not self.done and self.error is None and (self.ending.said or not self._splitter.between)
 
     def _event(self, event: bytes) -> bytes:
         """One event with its blank line, and what of it goes on."""

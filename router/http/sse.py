@@ -68,6 +68,43 @@ def usage_of(reply: bytes) -> Usage | None:
 
 
 @dataclass(slots=True)
+class Splitter:
+    """Bytes in, whole events out, each with its blank line; CR LF become LF. The rest is held."""
+
+    _held: bytearray = field(default_factory=bytearray)
+    _half_break: bytes = b""  # a CR whose LF has not come
+
+    @property
+    def between(self) -> bool:
+        """Nothing is held: what comes next is the beginning of an event."""
+        return not (self._held or self._half_break)
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """The events that end in these bytes. Raises StreamTooLong."""
+        if self.between and data.find(b"\r") < 0 and 0 < data.find(b"\n\n") == len(data) - 2:
+            return [data]  # one event: what most reads from an engine are
+        data = self._with_plain_breaks(data)
+        if self._held and (self._held[-1:] + data).find(b"\n\n") < 0:
+            self._hold(data)  # only what is new is searched: an event may come in a thousand pieces
+            return []
+        *events, rest = (bytes(self._held) + data).split(b"\n\n")
+        self._held.clear()
+        self._hold(rest)
+        return [event + b"\n\n" for event in events]
+
+    def _with_plain_breaks(self, data: bytes) -> bytes:
+        """With LF for CR LF, also where that was split."""
+        data = self._half_break + data
+        self._half_break = b"\r" if data.endswith(b"\r") else b""
+        return data.removesuffix(b"\r").replace(b"\r\n", b"\n")
+
+    def _hold(self, data: bytes) -> None:
+        self._held += data
+        if len(self._held) > MAX_EVENT_BYTES:
+            raise StreamTooLong(f"an event of more than {MAX_EVENT_BYTES} bytes")
+
+
+@dataclass(slots=True)
 class EventStream:
     """One stream on its way to the client: `feed` takes what the engine sent, returns what the client gets.
 
@@ -81,27 +118,11 @@ class EventStream:
     error: bytes | None = None  # the engine's error event, as it came
     _ids: bytearray = field(default_factory=bytearray)  # of each event in turn, closed by a bracket: 1,2]3]
     _besides: int = 0  # events passed on that told no ids, less those dropped that did
-    _held: bytearray = field(default_factory=bytearray)
-    _half_break: bytes = b""  # a CR whose LF has not come
+    _splitter: Splitter = field(default_factory=Splitter)
 
     def feed(self, data: bytes) -> bytes:
         """Whole events out; the rest is held until its end arrives. Raises StreamTooLong."""
-        if self.between and data.endswith(b"\n\n") and data.find(b"\n") == len(data) - 2:
-            return self._event(data)  # one event of one line: what most reads from an engine are
-        data = self._with_plain_breaks(data)
-        if self._held and (self._held[-1:] + data).find(b"\n\n") < 0:
-            self._hold(data)  # only what is new is searched: an event may come in a thousand pieces
-            return b""
-        *events, rest = (bytes(self._held) + data).split(b"\n\n")
-        self._held.clear()
-        self._hold(rest)
-        return b"".join([self._event(event + b"\n\n") for event in events])
-
-    def _with_plain_breaks(self, data: bytes) -> bytes:
-        """With LF for CR LF, also where that was split."""
-        data = self._half_break + data
-        self._half_break = b"\r" if data.endswith(b"\r") else b""
-        return data.removesuffix(b"\r").replace(b"\r\n", b"\n")
+        return b"".join([self._event(event) for event in self._splitter.feed(data)])
 
     def shortcut(self, write: Callable[[bytes], None]) -> Shortcut:
         """Takes a read that is one ordinary event in a chunk of its own, or several, and writes them on.
@@ -123,8 +144,8 @@ class EventStream:
 
     @property
     def between(self) -> bool:
-        """Nothing is held: what comes next is the beginning of an event."""
-        return not (self._held or self._half_break)
+        """What comes next is the beginning of an event."""
+        return self._splitter.between
 
     @property
     def events(self) -> int:
@@ -139,11 +160,6 @@ class EventStream:
     def _note(self, ids: bytes) -> None:
         """Keeps `[1,2,3]`, or that there was `null`."""
         self._ids += ids.strip(b" []") + b"]" if ids[-1] == _BRACKET else b"]"
-
-    def _hold(self, data: bytes) -> None:
-        self._held += data
-        if len(self._held) > MAX_EVENT_BYTES:
-            raise StreamTooLong(f"an event of more than {MAX_EVENT_BYTES} bytes")
 
     def _event(self, event: bytes) -> bytes:
         """One event with its blank line; what remains of it."""
