@@ -17,8 +17,8 @@ import msgspec
 from router import anthropic_api, multipart, responses_api
 from router.core.fleet import Standing
 from router.errors import ApiError, BadRequest
-from router.http.event_watch import CHUNKS, UNKNOWN, Ending, EventWatch
-from router.http.sse import Usage, usage_of
+from router.http.event_watch import CHUNKS, UNKNOWN, Ending
+from router.http.sse import EventStream, Usage, usage_of
 
 Fields = dict[str, msgspec.Raw]
 Aliases = Mapping[str, str]
@@ -38,13 +38,17 @@ def error_body(error: ApiError, request_id: str | None = None) -> bytes:
     )
 
 
-def error_event(error: ApiError, request_id: str | None = None, watch: EventWatch | None = None) -> bytes:
+def error_event(error: ApiError, request_id: str | None = None, reading: object = None) -> bytes:
     """An error as the last event of a stream; no `[DONE]` follows, since nothing is done."""
     return b"data: " + error_body(error) + b"\n\n"
 
 
-def _uncounted(told: object) -> Usage | None:
-    return None
+def _nothing(told: object) -> None:
+    """What is not told, or not to be counted."""
+
+
+def _told_usage(events: EventStream) -> Usage | None:
+    return events.usage
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +56,8 @@ class Family:
     """One kind of request: where it is served, and how its replies and errors are written.
 
     `path`: as metrics name it. `tokens`: its replies carry token ids, its streams are chunks of tokens.
-    `forms`: a form is taken too. `keeps`: its replies are stored, and go on from what is stored.
+    `forms`: a form is taken too. `keeps`: its replies are stored, and go on from what is stored. What is told
+    of a stream is read from what read it: an `EventStream` where there are tokens, else an `EventWatch`.
     """
 
     path: str
@@ -61,9 +66,11 @@ class Family:
     keeps: bool = False
     ending: Ending = CHUNKS
     error_body: Callable[[ApiError, str | None], bytes] = error_body
-    error_event: Callable[[ApiError, str | None, EventWatch], bytes] = error_event
+    error_event: Callable[[ApiError, str | None, Any], bytes] = error_event
     usage_of: Callable[[bytes], Usage | None] = usage_of
-    streamed_usage: Callable[[EventWatch], Usage | None] = _uncounted
+    streamed_usage: Callable[[Any], Usage | None] = _nothing
+    id_of: Callable[[bytes], str | None] = _nothing
+    streamed_id: Callable[[Any], str | None] = _nothing
 
 
 def _messages(path: str) -> Family:
@@ -85,6 +92,8 @@ def _responses(path: str, keeps: bool) -> Family:
         error_event=responses_api.error_event,
         usage_of=responses_api.usage_of,
         streamed_usage=responses_api.streamed_usage,
+        id_of=responses_api.id_of,
+        streamed_id=responses_api.streamed_id,
     )
 
 
@@ -93,8 +102,8 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         family.path: family
         for family in (
-            Family("/v1/chat/completions", tokens=True),
-            Family("/v1/completions", tokens=True),
+            Family("/v1/chat/completions", tokens=True, streamed_usage=_told_usage),
+            Family("/v1/completions", tokens=True, streamed_usage=_told_usage),
             _responses("/v1/responses", keeps=True),
             _messages("/v1/messages"),
             _messages("/v1/messages/count_tokens"),
@@ -117,9 +126,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
     }
 )
 # A response that an engine keeps: GET, DELETE, POST to `/cancel`. Its tokens are counted when it is made.
-STORED = replace(
-    _responses("/v1/responses/{id}", keeps=False), usage_of=_uncounted, streamed_usage=_uncounted
-)
+STORED = replace(_responses("/v1/responses/{id}", keeps=False), usage_of=_nothing, streamed_usage=_nothing)
 # Any other POST below /v1. How its streams end is not known, so one that ends cleanly is taken for whole.
 OTHER = Family("/v1/*", forms=True, ending=UNKNOWN)
 OTHER_MESSAGES = _messages("/v1/messages/*")

@@ -11,6 +11,7 @@ import logging
 import os
 import time
 from dataclasses import dataclass
+from functools import partial
 from random import getrandbits
 
 from router import multipart, openai_api, responses_api
@@ -22,7 +23,6 @@ from router.errors import (
     ConnectFailed,
     MethodNotAllowed,
     NoCapacity,
-    ReplyCut,
     UnknownModel,
     UnknownRoute,
     UpstreamBroken,
@@ -30,12 +30,11 @@ from router.errors import (
 )
 from router.health import RETRY_AFTER_S, Watch
 from router.http import headers
-from router.http.event_watch import EventWatch
 from router.http.server import Reply, Request
-from router.http.sse import EventStream, Shortcut, StreamTooLong, Usage
-from router.http.upstream import Exchange, Head, Upstreams
+from router.http.upstream import Exchange, Upstreams
 from router.keepers import Keepers
 from router.metrics import Metrics, ModelMetrics
+from router.passage import Passage
 
 log = logging.getLogger(__name__)
 
@@ -53,12 +52,7 @@ class Journey:
     reply: Reply
     metrics: ModelMetrics
     flight: Flight | None = None
-    watch: EventWatch | None = None
-
-    @property
-    def awaits_first_token(self) -> bool:
-        """It is at a replica that has not said anything yet."""
-        return self.flight is not None and self.flight.first_token_at is None
+    passage: Passage | None = None
 
 
 class Relay:
@@ -179,7 +173,9 @@ class Relay:
             except UpstreamError as error:
                 self._blame(replica_id, error, journey)
                 if journey.reply.started:
-                    self._break_off(journey, error)
+                    assert journey.passage is not None
+                    journey.metrics.truncated.inc()
+                    journey.passage.break_off(error)
                     return
                 tried |= {replica_id}
 
@@ -208,120 +204,27 @@ class Relay:
             self._fleet.finished(journey.flight)
 
     async def _pass_on(self, journey: Journey, exchange: Exchange) -> None:
-        journey.reply.attach(exchange.connection)
-        journey.watch = None
+        call, flight = journey.call, journey.flight
+        assert flight is not None
+        passage = journey.passage = Passage(
+            call,
+            journey.request_id,
+            journey.reply,
+            exchange,
+            journey.metrics,
+            partial(self._first_output, journey),
+        )
         try:
-            if is_event_stream(exchange.head) and journey.call.transformed:
-                await self._stream(journey, exchange)
-            elif journey.call.family.tokens or is_json(exchange.head):
-                await self._whole(journey, exchange)
-            elif is_event_stream(exchange.head):
-                await self._watched(journey, exchange)
-            else:
-                await self._verbatim(journey, exchange)
+            await passage.run()
         finally:
-            journey.reply.detach()
+            if call.family.keeps:
+                self._keepers.learn(passage.response_id, flight.standing.id)
         elapsed = asyncio.get_running_loop().time() - journey.request.received_at
         journey.metrics.duration.observe(elapsed)
 
-    async def _stream(self, journey: Journey, exchange: Exchange) -> None:
-        """A stream of chunks, read along: first token, token ids, usage, its true end."""
-        call, reply = journey.call, journey.reply
-        events = EventStream(keep_ids=call.wants_ids, keep_usage=call.wants_usage)
-        reply.start(exchange.head.status, returned(exchange.head, journey.request_id))
-
-        shortcut: Shortcut | None = None
-
-        def sink(data: bytes) -> Shortcut | None:
-            nonlocal shortcut
-            out = events.feed(data)
-            if out:
-                reply.write(out)
-                if journey.awaits_first_token and events.events:
-                    self._first_token(journey)
-                    shortcut = None if call.wants_ids else events.shortcut(reply.chunk_writer)
-            return shortcut if events.between else None
-
-        try:
-            await exchange.body(sink)
-        except StreamTooLong as error:
-            raise ReplyCut(str(error)) from None
-        except ReplyCut:
-            if not events.done:
-                raise
-        finally:
-            journey.metrics.events.inc(events.events)
-            count(journey.metrics, events.usage)
-        if events.error is not None:
-            journey.metrics.truncated.inc()
-            reply.close_after()
-        elif not events.done:
-            raise ReplyCut("the replica ended its stream without [DONE]")
-        reply.end()
-
-    async def _whole(self, journey: Journey, exchange: Exchange) -> None:
-        """A reply in one piece: held until it is whole, so that until then another replica can give it."""
-        assert journey.flight is not None
-        parts: list[bytes] = []
-        await exchange.body(parts.append)
-        body = b"".join(parts)
-        if exchange.head.status == 200:
-            self._first_token(journey)
-            count(journey.metrics, journey.call.family.usage_of(body))
-            if journey.call.family.keeps:
-                self._keepers.learn(responses_api.id_of(body), journey.flight.standing.id)
-        journey.reply.send(exchange.head.status, returned(exchange.head, journey.request_id), body)
-
-    async def _watched(self, journey: Journey, exchange: Exchange) -> None:
-        """A stream of another family, passed on as it is: first output, token counts, its true end."""
-        family, reply, flight = journey.call.family, journey.reply, journey.flight
-        assert flight is not None
-        watch = journey.watch = EventWatch(family.ending)
-        reply.start(exchange.head.status, returned(exchange.head, journey.request_id))
-
-        def sink(data: bytes) -> None:
-            out = watch.feed(data)
-            if out:
-                if watch.events and flight.first_token_at is None:
-                    self._first_token(journey)
-                reply.write(out)
-
-        try:
-            await exchange.body(sink)
-        except StreamTooLong as error:
-            raise ReplyCut(str(error)) from None
-        except ReplyCut:
-            if not watch.done and watch.error is None:
-                raise
-        finally:
-            journey.metrics.events.inc(watch.events)
-            count(journey.metrics, family.streamed_usage(watch))
-            if family.keeps:
-                self._keepers.learn(responses_api.streamed_id(watch), flight.standing.id)
-        if watch.error is not None:
-            journey.metrics.truncated.inc()
-            reply.close_after()
-        elif watch.broken:
-            raise ReplyCut("the replica ended its stream without saying that it is whole")
-        reply.end()
-
-    async def _verbatim(self, journey: Journey, exchange: Exchange) -> None:
-        """A reply that the router does not read."""
-        length = exchange.head.header(b"content-length")
-        size = int(length) if length is not None else None
-        journey.reply.start(exchange.head.status, returned(exchange.head, journey.request_id), size)
-
-        def sink(data: bytes) -> None:
-            if journey.awaits_first_token:
-                self._first_token(journey)
-            journey.reply.write(data)
-
-        await exchange.body(sink)
-        journey.reply.end()
-
     # -- what is noted
 
-    def _first_token(self, journey: Journey) -> None:
+    def _first_output(self, journey: Journey) -> None:
         assert journey.flight is not None
         now = asyncio.get_running_loop().time()
         self._fleet.first_token(journey.flight, now)
@@ -339,21 +242,6 @@ class Relay:
             self._watch.suspect(replica_id)
         if not journey.reply.started:
             journey.metrics.retries[reason].inc()
-
-    def _break_off(self, journey: Journey, error: UpstreamError) -> None:
-        """The client has part of the reply: say that the rest is missing, never end as if it were whole."""
-        journey.metrics.truncated.inc()
-        reply, watch = journey.reply, journey.watch
-        reply.close_after()
-        broken = UpstreamBroken(f"The stream broke off: {error}")
-        if watch is not None:
-            reply.write(journey.call.family.error_event(broken, journey.request_id.decode("ascii"), watch))
-            reply.end()
-        elif journey.call.transformed:
-            reply.write(openai_api.error_event(broken))
-            reply.end()
-        else:
-            reply.abort()
 
     def _tell(
         self, error: ApiError, family: openai_api.Family | None, reply: Reply, request_id: bytes
@@ -389,27 +277,3 @@ def upstream_message(journey: Journey, replica: Replica, authority: bytes) -> by
     ]
     lines += [b"%b: %b" % header for header in headers.to_engine(request.headers)]
     return b"\r\n".join(lines) + b"\r\n\r\n" + body
-
-
-def returned(head: Head, request_id: bytes) -> headers.Headers:
-    """The engine's headers for the client, and the request's id."""
-    return [*headers.to_client(head.headers), (b"x-request-id", request_id)]
-
-
-def count(metrics: ModelMetrics, usage: Usage | None) -> None:
-    """Adds an engine's token counts."""
-    if usage is not None:
-        metrics.prompt_tokens.inc(usage.prompt_tokens)
-        metrics.cached_tokens.inc(usage.cached_tokens)
-        metrics.output_tokens.inc(usage.completion_tokens or 0)
-
-
-def is_event_stream(head: Head) -> bool:
-    """Whether the engine streams: it may also answer a streaming request with a plain error."""
-    content_type = head.header(b"content-type") or b""
-    return head.status == 200 and content_type.startswith(b"text/event-stream")
-
-
-def is_json(head: Head) -> bool:
-    """Whether the reply is one JSON document, whole or nothing."""
-    return (head.header(b"content-type") or b"").startswith(b"application/json")

@@ -6,11 +6,12 @@ event. What a stream told of itself is kept as the events were, to be read once 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import msgspec
 
-from router.http.sse import Splitter
+from router.http.sse import Shortcut, Splitter
 
 # How events without a name are called here: chat's chunks have none.
 DATA, DONE, ERROR = b"data", b"[DONE]", b"error"
@@ -70,10 +71,19 @@ class EventWatch:
         """Whole events out; the rest is held until its end arrives. Raises StreamTooLong."""
         return b"".join([self._event(event) for event in self._splitter.feed(data)])
 
+    def shortcut(self, write: Callable[[bytes], None]) -> Shortcut | None:
+        """None: every event is looked at."""
+        return None
+
+    @property
+    def between(self) -> bool:
+        """What comes next is the beginning of an event."""
+        return self._splitter.between
+
     @property
     def broken(self) -> bool:
         """Whether something is missing if nothing more comes."""
-        return not self.done and self.error is None and (self.ending.said or not self._splitter.between)
+        return not self.done and self.error is None and (self.ending.said or not self.between)
 
     def _event(self, event: bytes) -> bytes:
         """One event with its blank line, and what of it goes on."""

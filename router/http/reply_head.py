@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from router.http.framing import Chunked, Framing, FramingError, Sized, UntilClose
-from router.http.headers import Headers, first, tokens
+from router.http.headers import Headers, first, to_client, tokens
 
 MAX_HEAD_BYTES = 64 * 1024
 # Larger heads are read each time, so that what is remembered stays small.
@@ -25,11 +25,16 @@ _HEAD = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """Status and headers (lower-case names) of a reply; `framing()` reads its body."""
+    """Status and headers (lower-case names) of a reply; `passed` are those that the client gets.
+
+    `framing()` reads its body, of `length` bytes where that is told.
+    """
 
     status: int
     headers: Headers
+    passed: Headers
     keep_alive: bool
+    length: int | None
     framing: Callable[[], Framing]
 
     def header(self, name: bytes) -> bytes | None:
@@ -50,7 +55,8 @@ def _read(raw: bytes) -> Head:
     if status == 101:
         raise FramingError("it changes the protocol")
     headers = [_header(line) for line in match["lines"].split(b"\r\n")[:-1]]
-    return Head(status, headers, _keeps_alive(match["minor"], headers), _framing(status, headers))
+    length, framing = _framing(status, headers)
+    return Head(status, headers, to_client(headers), _keeps_alive(match["minor"], headers), length, framing)
 
 
 _remembered = lru_cache(maxsize=_REMEMBERED)(_read)
@@ -66,20 +72,20 @@ def _keeps_alive(minor: bytes, headers: Headers) -> bool:
     return b"close" not in options and (minor == b"1" or b"keep-alive" in options)
 
 
-def _framing(status: int, headers: Headers) -> Callable[[], Framing]:
-    """RFC 9112, section 6.3."""
+def _framing(status: int, headers: Headers) -> tuple[int | None, Callable[[], Framing]]:
+    """The length of the body, where it is told, and what reads it (RFC 9112, section 6.3)."""
     if status < 200 or status in (204, 304):
-        return lambda: Sized(0)
+        return None, lambda: Sized(0)
     codings = [value.lower() for name, value in headers if name == b"transfer-encoding"]
     lengths = {value for name, value in headers if name == b"content-length"}
     if codings and (codings != [b"chunked"] or lengths):
         raise FramingError(f"its transfer coding {b', '.join(codings)!r} cannot be read")
     if codings:
-        return Chunked
+        return None, Chunked
     if not lengths:
-        return UntilClose
+        return None, UntilClose
     length = _length(lengths)
-    return lambda: Sized(length)
+    return length, lambda: Sized(length)
 
 
 def _length(lengths: set[bytes]) -> int:

@@ -124,12 +124,13 @@ class EventStream:
         """Whole events out; the rest is held until its end arrives. Raises StreamTooLong."""
         return b"".join([self._event(event) for event in self._splitter.feed(data)])
 
-    def shortcut(self, write: Callable[[bytes], None]) -> Shortcut:
+    def shortcut(self, write: Callable[[bytes], None]) -> Shortcut | None:
         """Takes a read that is one ordinary event in a chunk of its own, or several, and writes them on.
 
-        For use between events only, and where ids are not kept. False, and nothing done, if the read is
-        anything else: that is for `feed`.
+        False, and nothing done, if the read is anything else: that is for `feed`. None where ids are kept.
         """
+        if self.keep_ids:
+            return None
 
         def pass_on(read: bytes) -> bool:
             found = without_ids(read) or each_without_ids(read)
@@ -146,6 +147,11 @@ class EventStream:
     def between(self) -> bool:
         """What comes next is the beginning of an event."""
         return self._splitter.between
+
+    @property
+    def broken(self) -> bool:
+        """Whether something is missing if nothing more comes."""
+        return not self.done and self.error is None
 
     @property
     def events(self) -> int:

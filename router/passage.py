@@ -1,0 +1,213 @@
+"""A reply on its way from an engine to the client: read along, counted, and never ended as if it were whole.
+
+Three ways lead there. Streams pass event by event; a reply in one piece is held until it is whole, so that
+until then another replica can give it; what the router cannot read passes as it comes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from router.errors import ReplyCut, UpstreamBroken, UpstreamError
+from router.http import headers
+from router.http.event_watch import EventWatch
+from router.http.reply_head import Head
+from router.http.server import Reply
+from router.http.sse import EventStream, Shortcut, StreamTooLong, Usage
+from router.http.upstream import Exchange
+from router.metrics import ModelMetrics
+from router.openai_api import Call
+
+# A larger reply in one piece is passed on as it comes: held, a thousand of them would be 16 GB.
+HELD_BYTES = 16 * 1024 * 1024
+
+
+class Reading(Protocol):
+    """A stream that is read along (`EventStream`, `EventWatch`)."""
+
+    done: bool
+    error: bytes | None
+
+    @property
+    def events(self) -> int: ...
+
+    @property
+    def broken(self) -> bool: ...
+
+    @property
+    def between(self) -> bool: ...
+
+    def feed(self, data: bytes) -> bytes: ...
+
+    def shortcut(self, write: Callable[[bytes], None]) -> Shortcut | None: ...
+
+
+class Passage:
+    """One reply of one replica. `first_output` is called once, when the first of it was passed on."""
+
+    def __init__(
+        self,
+        call: Call,
+        request_id: bytes,
+        reply: Reply,
+        exchange: Exchange,
+        metrics: ModelMetrics,
+        first_output: Callable[[], None],
+    ) -> None:
+        self._call = call
+        self._request_id = request_id
+        self._reply = reply
+        self._exchange = exchange
+        self._metrics = metrics
+        self._first_output = first_output
+        self._reading: Reading | None = None
+        self.response_id: str | None = None  # of a stored response, once it is known
+
+    async def run(self) -> None:
+        """Passes all of it on. Raises ReplyCut where something is missing."""
+        self._reply.attach(self._exchange.connection)
+        try:
+            await self._run()
+        finally:
+            self._reply.detach()
+
+    async def _run(self) -> None:
+        call, head = self._call, self._exchange.head
+        if call.transformed and is_event_stream(head):
+            await self._events(EventStream(keep_ids=call.wants_ids, keep_usage=call.wants_usage))
+        elif call.family.tokens or is_json(head):
+            await self._whole()
+        elif is_event_stream(head):
+            await self._events(EventWatch(call.family.ending))
+        else:
+            await self._verbatim()
+
+    def break_off(self, error: UpstreamError) -> None:
+        """The client has part of the reply: say that the rest is missing."""
+        self._reply.close_after()
+        if self._reading is None:
+            self._reply.abort()
+            return
+        said = UpstreamBroken(f"The stream broke off: {error}")
+        request_id = self._request_id.decode("ascii")
+        self._reply.write(self._call.family.error_event(said, request_id, self._reading))
+        self._reply.end()
+
+    async def _events(self, reading: Reading) -> None:
+        """A stream: first output, token ids and counts, its true end."""
+        self._reading = reading
+        self._begin()
+        try:
+            await self._exchange.body(self._sink(reading))
+        except StreamTooLong as error:
+            raise ReplyCut(str(error)) from None
+        except ReplyCut:
+            if not reading.done and reading.error is None:
+                raise
+        finally:
+            self._note_stream(reading)
+        if reading.error is not None:
+            self._metrics.truncated.inc()
+            self._reply.close_after()
+        elif reading.broken:
+            raise ReplyCut("the replica ended its stream without saying that it is whole")
+        self._reply.end()
+
+    def _sink(self, reading: Reading) -> Callable[[bytes], Shortcut | None]:
+        awaited, shortcut = True, None
+
+        def sink(data: bytes) -> Shortcut | None:
+            nonlocal awaited, shortcut
+            out = reading.feed(data)
+            if out:
+                self._reply.write(out)
+                if awaited and reading.events:
+                    awaited, shortcut = False, reading.shortcut(self._reply.chunk_writer)
+                    self._first_output()
+            return shortcut if reading.between else None
+
+        return sink
+
+    async def _whole(self) -> None:
+        parts: list[bytes] = []
+        held = 0
+
+        def sink(data: bytes) -> None:
+            nonlocal held
+            held += len(data)
+            parts.append(data)
+            if held > HELD_BYTES:
+                self._spill(parts)
+
+        await self._exchange.body(sink)
+        if self._reply.started:
+            self._spill(parts)
+            self._reply.end()
+            return
+        body = b"".join(parts)
+        if self._exchange.head.status == 200:
+            self._first_output()
+            self._note_whole(body)
+        self._reply.send(self._exchange.head.status, self._returned(), body)
+
+    def _spill(self, parts: list[bytes]) -> None:
+        """Passes on what was held, from the beginning."""
+        if not self._reply.started:
+            self._begin()
+            self._first_output()
+        self._reply.write(b"".join(parts))
+        parts.clear()
+
+    async def _verbatim(self) -> None:
+        awaited = True
+
+        def sink(data: bytes) -> None:
+            nonlocal awaited
+            if awaited:
+                awaited = False
+                self._first_output()
+            self._reply.write(data)
+
+        self._begin()
+        await self._exchange.body(sink)
+        self._reply.end()
+
+    def _begin(self) -> None:
+        head = self._exchange.head
+        length = None if self._reading is not None else head.length
+        self._reply.start(head.status, self._returned(), length)
+
+    def _returned(self) -> headers.Headers:
+        """The engine's headers for the client, and the request's id."""
+        return [*self._exchange.head.passed, (b"x-request-id", self._request_id)]
+
+    def _note_stream(self, reading: Reading) -> None:
+        family = self._call.family
+        self._metrics.events.inc(reading.events)
+        count(self._metrics, family.streamed_usage(reading))
+        self.response_id = family.streamed_id(reading)
+
+    def _note_whole(self, body: bytes) -> None:
+        family = self._call.family
+        count(self._metrics, family.usage_of(body))
+        self.response_id = family.id_of(body)
+
+
+def count(metrics: ModelMetrics, usage: Usage | None) -> None:
+    """Adds an engine's token counts."""
+    if usage is not None:
+        metrics.prompt_tokens.inc(usage.prompt_tokens)
+        metrics.cached_tokens.inc(usage.cached_tokens)
+        metrics.output_tokens.inc(usage.completion_tokens or 0)
+
+
+def is_event_stream(head: Head) -> bool:
+    """Whether the engine streams: it may also answer a streaming request with a plain error."""
+    content_type = head.header(b"content-type") or b""
+    return head.status == 200 and content_type.startswith(b"text/event-stream")
+
+
+def is_json(head: Head) -> bool:
+    """Whether the reply is one JSON document, whole or nothing."""
+    return (head.header(b"content-type") or b"").startswith(b"application/json")
