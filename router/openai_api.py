@@ -283,10 +283,10 @@ def _member(fields: Fields, name: str, decoder: msgspec.json.Decoder[Any]) -> An
         raise BadRequest(f"The field {name!r} is wrong: {error}", param=name) from None
 
 
-def models_body(
+def model_cards(
     promised: Iterable[str], standings: Iterable[Standing], created: int, aliases: Aliases = NO_ALIASES
-) -> bytes:
-    """`GET /v1/models` from the router's own registry; `created`: the router's start in Unix seconds.
+) -> dict[str, dict[str, Any]]:
+    """Every model by its name, from the router's own registry; `created`: its start in Unix seconds.
 
     An alias tells the model behind it as `root` and `parent`, as vLLM does for adapters.
     """
@@ -297,7 +297,12 @@ def models_body(
     cards = {name: _card(name, created, length) for name, length in lengths.items()}
     for alias, model in aliases.items():
         cards[alias] = _card(alias, created, lengths.get(model)) | {"root": model, "parent": model}
-    return msgspec.json.encode({"object": "list", "data": [card for _, card in sorted(cards.items())]})
+    return dict(sorted(cards.items()))
+
+
+def models_body(cards: Mapping[str, dict[str, Any]]) -> bytes:
+    """`GET /v1/models`."""
+    return msgspec.json.encode({"object": "list", "data": list(cards.values())})
 
 
 def _card(name: str, created: int, max_model_len: int | None) -> dict[str, Any]:

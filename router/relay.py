@@ -13,6 +13,10 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from random import getrandbits
+from typing import Any
+from urllib.parse import unquote
+
+import msgspec
 
 from router import multipart, openai_api, responses_api
 from router.affinity import affinity_key
@@ -39,6 +43,7 @@ from router.passage import Passage
 log = logging.getLogger(__name__)
 
 JSON = (b"content-type", b"application/json")
+MODEL_PATH = "/v1/models/"
 MAX_REQUEST_ID = 128  # longer ones are not identifiers; they would end up in logs and engine ids
 
 
@@ -110,18 +115,34 @@ class Relay:
     # -- what the router answers itself
 
     def _answer_own(self, request: Request, reply: Reply, request_id: bytes) -> None:
-        if request.path not in ("/v1/models", "/health", "/ready"):
-            raise UnknownRoute(f"Nothing is served at {request.method} {request.path}")
+        path = request.path
+        if path not in ("/v1/models", "/health", "/ready") and not path.startswith(MODEL_PATH):
+            raise UnknownRoute(f"Nothing is served at {request.method} {path}")
         if request.method not in ("GET", "HEAD"):
-            raise MethodNotAllowed(f"{request.path} takes GET")
-        said = [JSON, (b"x-request-id", request_id)]
-        if request.path == "/v1/models":
-            listed = openai_api.models_body(self._promised, self._fleet, self._started, self._aliases)
-            reply.send(200, said, listed)
-        elif request.path == "/health" or self.ready:
-            reply.send(200, said, b'{"status":"ok"}')
-        else:
+            raise MethodNotAllowed(f"{path} takes GET")
+        reply.send(200, [JSON, (b"x-request-id", request_id)], self._own_body(path))
+
+    def _own_body(self, path: str) -> bytes:
+        if path == "/v1/models":
+            return openai_api.models_body(self._cards())
+        if path.startswith(MODEL_PATH):
+            return self._card(unquote(path.removeprefix(MODEL_PATH)))
+        if path == "/ready" and not self.ready:
             raise NoCapacity("Not every model has a ready replica", retry_after=RETRY_AFTER_S)
+        return b'{"status":"ok"}'
+
+    def _cards(self) -> dict[str, dict[str, Any]]:
+        return openai_api.model_cards(self._promised, self._fleet, self._started, self._aliases)
+
+    def _card(self, model: str) -> bytes:
+        cards = self._cards()
+        if model not in cards:
+            raise self._unknown(model)
+        return msgspec.json.encode(cards[model])
+
+    def _unknown(self, model: str) -> UnknownModel:
+        served = ", ".join(self._cards())
+        return UnknownModel(f"The model {model!r} does not exist; this fleet serves {served}", param="model")
 
     @property
     def ready(self) -> bool:
@@ -145,10 +166,7 @@ class Relay:
         if not known:
             raise NoCapacity("No replica has joined the fleet yet", retry_after=RETRY_AFTER_S)
         if call.model not in known:
-            names = ", ".join(sorted({*known, *self._aliases}))
-            raise UnknownModel(
-                f"The model {call.model!r} does not exist; this fleet serves {names}", param="model"
-            )
+            raise self._unknown(call.model)
         return call
 
     def _parse(self, family: openai_api.Family, request: Request) -> openai_api.Call:

@@ -15,6 +15,7 @@ from router.openai_api import (
     error_body,
     error_event,
     family_of,
+    model_cards,
     models_body,
     parse,
     parse_form,
@@ -223,7 +224,7 @@ def test_errors_have_openais_shape():
 
 def test_models_are_listed_from_the_registry():
     standing = Standing(Replica(id="r", url="http://r", models=("b", "a"), max_model_len=10))
-    listed = json.loads(models_body(("promised", "a"), [standing], created=5))
+    listed = json.loads(models_body(model_cards(("promised", "a"), [standing], created=5)))
     assert listed["object"] == "list"
     assert [(m["id"], m["max_model_len"], m["created"]) for m in listed["data"]] == [
         ("a", 10, 5),
@@ -234,7 +235,9 @@ def test_models_are_listed_from_the_registry():
 
 def test_aliases_are_listed_with_the_model_behind_them():
     standing = Standing(Replica(id="r", url="http://r", models=("llama", "gpt-4o"), max_model_len=10))
-    listed = json.loads(models_body((), [standing], 5, {"gpt-4o": "llama", "o1": "gone"}))["data"]
+    listed = json.loads(models_body(model_cards((), [standing], 5, {"gpt-4o": "llama", "o1": "gone"})))[
+        "data"
+    ]
     assert [(m["id"], m.get("root"), m.get("parent"), m["max_model_len"]) for m in listed] == [
         ("gpt-4o", "llama", "llama", 10),
         ("llama", None, None, 10),

@@ -280,6 +280,10 @@ async def test_models_health_ready():
             ["m"],
             100,
         )
+        assert await get("/v1/models/m") == (200, models["data"][0])
+        status, error = await get("/v1/models/org%2Fother")
+        assert (status, error["error"]["code"]) == (404, "model_not_found")
+        assert "'org/other'" in error["error"]["message"]
         assert (await get("/health"))[0] == (await get("/ready"))[0] == 200
         fleet.failed("r0", now=0.0)
         assert (await get("/health"))[0] == 200
