@@ -19,8 +19,8 @@ from router.http.upstream import Exchange
 from router.metrics import ModelMetrics
 from router.openai_api import Call
 
-# A larger reply in one piece is passed on as it comes: held, a thousand of them would be 16 GB.
-HELD_BYTES = 16 * 1024 * 1024
+# A larger reply in one piece is passed on as it comes: text has no such length, hundreds of embeddings do.
+HELD_BYTES = 4 * 1024 * 1024
 
 
 class Reading(Protocol):
@@ -156,8 +156,8 @@ class Passage:
         if not self._reply.started:
             self._begin()
             self._first_output()
-        self._reply.write(b"".join(parts))
-        parts.clear()
+        while parts:
+            self._reply.write(parts.pop(0))
 
     async def _verbatim(self) -> None:
         awaited = True

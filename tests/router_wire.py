@@ -50,7 +50,8 @@ class Engine:
 
     def __init__(self, script: Script) -> None:
         self.requests: list[bytes] = []
-        self.connections = 0
+        self.connections = 0  # ever
+        self.open = 0  # now
         self.disconnected = asyncio.Event()
         self._script = script
 
@@ -65,6 +66,7 @@ class Engine:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
+        self.open += 1
         try:
             while True:
                 request = await read_message(reader)
@@ -74,6 +76,7 @@ class Engine:
         except (asyncio.IncompleteReadError, ConnectionError):
             self.disconnected.set()
         finally:
+            self.open -= 1
             writer.close()
 
 
