@@ -1,7 +1,7 @@
 """The relay benchmark: what a router costs per chunk and per request, Herd beside its peers.
 
-One router at a time runs on one core; the generator and the mock engines share the other. Rounds are
-interleaved (each router in turn, then all again), because a shared machine drifts. CPU per chunk is the
+The routers run on one core, one at a time under load; the generator and the mock engines share the other.
+Each load goes to each router in turn, then all again, because a shared machine drifts. CPU per chunk is the
 figure to trust; times depend on everything else that runs. Run through `scripts/bench relay`.
 """
 
@@ -66,6 +66,14 @@ class Cores:
         return cls(usable[0], usable[1] if len(usable) > 1 else usable[0])
 
 
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What is measured: a port, and the process tree whose CPU counts."""
+
+    port: int
+    pid: int
+
+
 def loads(plan: Plan, port: int) -> dict[str, generator.Load]:
     """Every load of the plan, against a router on this port."""
     ask = partial(generator.request, port, mock_engine.MODEL)
@@ -110,15 +118,12 @@ async def ready(name: str, router: Running) -> None:
     raise BenchFailed(f"{name} does not route requests. Its log ends:\n{router.log_tail}")
 
 
-async def measure(name: str, plan: Plan, port: int, pid: int) -> dict[str, generator.Sample]:
-    """Every load in turn against what listens on a port; CPU is that of one process tree."""
-    samples: dict[str, generator.Sample] = {}
-    for kind, load in loads(plan, port).items():
-        try:
-            samples[kind] = await generator.run(load, port, plan.seconds, partial(cpu_seconds, pid))
-        except (generator.BrokenReply, OSError) as error:
-            raise BenchFailed(f"{name}, {kind}: {error}") from None
-    return samples
+async def measure(name: str, kind: str, load: generator.Load, plan: Plan, router: Target) -> generator.Sample:
+    """One load against one router."""
+    try:
+        return await generator.run(load, router.port, plan.seconds, partial(cpu_seconds, router.pid))
+    except (generator.BrokenReply, OSError) as error:
+        raise BenchFailed(f"{name}, {kind}: {error}") from None
 
 
 async def bench(plan: Plan, routers: list[Contender], direct: bool, cores: Cores) -> list[Run]:
@@ -127,19 +132,26 @@ async def bench(plan: Plan, routers: list[Contender], direct: bool, cores: Cores
     assert task is not None
     # An exception from a signal handler could land in any callback; cancelled, everything started is ended.
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    runs: list[Run] = []
-    with engines(plan.chunks, cores.load) as (engines_pid, urls):
-        for round_ in range(plan.rounds):
-            if direct:
-                samples = await measure(DIRECT, plan, int(urls[0].rpartition(":")[2]), engines_pid)
-                runs.append(Run(DIRECT, round_, rss_bytes(engines_pid), samples))
-                _tell(runs[-1])
-            for router in routers:
-                with contenders.running(router, urls, cores.router) as started:
-                    await ready(router.name, started)
-                    samples = await measure(router.name, plan, started.port, started.pid)
-                    runs.append(Run(router.name, round_, rss_bytes(started.pid), samples))
-                    _tell(runs[-1])
+    with contextlib.ExitStack() as stack:
+        engines_pid, urls = stack.enter_context(engines(plan.chunks, cores.load))
+        targets = {DIRECT: Target(int(urls[0].rpartition(":")[2]), engines_pid)} if direct else {}
+        for router in routers:
+            running = stack.enter_context(contenders.running(router, urls, cores.router))
+            await ready(router.name, running)
+            targets[router.name] = Target(running.port, running.pid)
+        return [run for n in range(plan.rounds) for run in await one_round(n, plan, targets)]
+
+
+async def one_round(number: int, plan: Plan, targets: dict[str, Target]) -> list[Run]:
+    """Each load on each router in turn, so that what is compared was measured within seconds."""
+    samples: dict[str, dict[str, generator.Sample]] = {name: {} for name in targets}
+    for kind in loads(plan, port=0):
+        for name, target in targets.items():
+            load = loads(plan, target.port)[kind]
+            samples[name][kind] = await measure(name, kind, load, plan, target)
+    runs = [Run(name, number, rss_bytes(target.pid), samples[name]) for name, target in targets.items()]
+    for run in runs:
+        _tell(run)
     return runs
 
 
