@@ -24,6 +24,7 @@ from loadtests.cpu import pinned
 # How long a router may take to leave before it is killed; it has nothing to finish.
 STOP_S = 3.0
 DIRECT = "direct"
+HERD = "herd"
 # Package, version, and its command. The versions are fixed so that figures of different days compare.
 PEERS = {
     "sglang-router": ("0.3.2", ("sglang-router", "launch", "--backend", "openai")),
@@ -131,7 +132,7 @@ def template(name: str, command: str) -> Contender:
 
 def contenders() -> list[Contender]:
     """Everything that can be started on this machine as it is."""
-    found = [Contender("herd", herd)]
+    found = [Contender(HERD, herd)]
     if haproxy_binary() is not None:
         found.append(Contender("haproxy", haproxy))
     return found + [Contender(name, peer(name)) for name in PEERS if installed(name)]

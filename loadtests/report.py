@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from loadtests.contenders import DIRECT
+from loadtests.contenders import DIRECT, HERD
 from loadtests.generator import Sample
 
 SMALL = "small"
@@ -48,7 +48,10 @@ def relay_report(runs: Sequence[Run], machine: dict[str, str]) -> str:
     parts = [f"{machine['date']}, {machine['cpu']}, Linux {machine['kernel']}, Python {machine['python']}."]
     for kind in sorted(kinds, key=lambda kind: kind == SMALL):
         parts += [_title(kind), _small(runs, names) if kind == SMALL else _streams(runs, names, kind)]
-    parts.append(f"`{DIRECT}`: no router; its CPU and memory are those of the mock engines.")
+    parts.append(
+        f"`{DIRECT}`: no router; its CPU and memory are those of the mock engines. "
+        "*Of Herd's*: a router's CPU by Herd's in the same round."
+    )
     return "\n\n".join(parts)
 
 
@@ -57,7 +60,16 @@ def _title(kind: str) -> str:
 
 
 def _streams(runs: Sequence[Run], names: Sequence[str], kind: str) -> str:
-    head = ["router", "CPU us/chunk", "chunks/s", "TTFT p50 ms", "TTFT p99 ms", "added TTFT p50 ms", "RSS MB"]
+    head = [
+        "router",
+        "CPU us/chunk",
+        "of Herd's",
+        "chunks/s",
+        "TTFT p50 ms",
+        "TTFT p99 ms",
+        "added TTFT p50 ms",
+        "RSS MB",
+    ]
     return table(head, (_stream_row(runs, name, kind) for name in names))
 
 
@@ -66,6 +78,7 @@ def _stream_row(runs: Sequence[Run], name: str, kind: str) -> list[str]:
     return [
         name,
         figures(lambda s: cost_us(kind, s)),
+        _compared(runs, name, kind),
         figures(lambda s: s.events / s.seconds, 0),
         figures(lambda s: s.first_p50_ms, 2),
         figures(lambda s: s.first_p99_ms, 2),
@@ -75,7 +88,7 @@ def _stream_row(runs: Sequence[Run], name: str, kind: str) -> list[str]:
 
 
 def _small(runs: Sequence[Run], names: Sequence[str]) -> str:
-    head = ["router", "CPU us/request", "requests/s", "p50 ms", "p99 ms", "RSS MB"]
+    head = ["router", "CPU us/request", "of Herd's", "requests/s", "p50 ms", "p99 ms", "RSS MB"]
     return table(head, (_small_row(runs, name) for name in names))
 
 
@@ -84,6 +97,7 @@ def _small_row(runs: Sequence[Run], name: str) -> list[str]:
     return [
         name,
         figures(lambda s: cost_us(SMALL, s)),
+        _compared(runs, name, SMALL),
         figures(lambda s: s.requests / s.seconds, 0),
         figures(lambda s: s.first_p50_ms, 2),
         figures(lambda s: s.first_p99_ms, 2),
@@ -98,6 +112,13 @@ def _figures(runs: Sequence[Run], name: str, kind: str) -> Callable[..., str]:
         return spread([of(sample) for sample in samples], digits)
 
     return figures
+
+
+def _compared(runs: Sequence[Run], name: str, kind: str) -> str:
+    """What it costs beside Herd in the same round: over 1 is dearer."""
+    cost = {(run.router, run.round): cost_us(kind, run.samples[kind]) for run in runs}
+    rounds = [run.round for run in runs if run.router == name and (HERD, run.round) in cost]
+    return spread([cost[name, n] / cost[HERD, n] for n in rounds], 2) if name not in (DIRECT, HERD) else "-"
 
 
 def _added(runs: Sequence[Run], name: str, kind: str) -> str:
