@@ -143,14 +143,33 @@ def status(port: int, as_json: bool, run_dir: Path | None) -> None:
 @click.option("--port", default=PORT, show_default=True)
 @click.option("--admin-port", default=ADMIN_PORT, show_default=True)
 @click.option("--policy", help="How a replica is chosen.  [default: least_requests]")
+@click.option(
+    "--processes",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Router processes that share the port; the nth has the nth admin port.",
+)
 def route(
-    worker_urls: tuple[str, ...], more_urls: tuple[str, ...], policy: str | None, **listen: Any
+    worker_urls: tuple[str, ...],
+    more_urls: tuple[str, ...],
+    policy: str | None,
+    processes: int,
+    **listen: Any,
 ) -> None:
-    """Route to vLLM servers that exist, without Ray."""
-    from router.route import run
+    """Route to vLLM servers that exist, without Ray.
 
-    settings = {**listen, **({"policy": policy} if policy else {})}
-    run([*worker_urls, *more_urls], settings, say=click.echo)
+    With several processes SIGHUP replaces them, one after the other, without losing a connection.
+    """
+    settings = {**listen, "replicas": processes, **({"policy": policy} if policy else {})}
+    if processes == 1:
+        from router.route import run
+
+        run([*worker_urls, *more_urls], settings, say=click.echo)
+    else:
+        from router.processes import run as run_several
+
+        sys.exit(run_several([*worker_urls, *more_urls], settings, say=click.echo))
 
 
 @main.group()

@@ -19,6 +19,7 @@ async def front_door(**settings):
     config = RouterConfig(**{"host": "127.0.0.1", "port": 0, "admin_port": 0, **settings})
     front = FrontDoor(config, promised=("m",))
     await front.start()
+    await front.open()
     try:
         yield front
     finally:
@@ -128,10 +129,13 @@ async def test_the_front_port_tells_nothing_of_the_fleet(path):
         assert (await get(front.port, path))[0] == 404
 
 
-@pytest.mark.parametrize("setting", ["port", "admin_port"])
-async def test_a_port_in_use_is_told(setting):
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [("port", "port {} is taken: another fleet has it"), ("admin_port", ":{}: Address already in use")],
+)
+async def test_a_port_in_use_is_told(setting, told):
     async with front_door() as front:
         taken = front.port
-        second = FrontDoor(RouterConfig(**{"host": "127.0.0.1", "port": 0, "admin_port": 0, setting: taken}))
-        with pytest.raises(ListenError, match=f":{taken}: Address already in use"):
-            await second.start()
+        config = RouterConfig(**{"host": "127.0.0.1", "port": 0, "admin_port": 0, setting: taken})
+        with pytest.raises(ListenError, match=told.format(taken)):
+            await FrontDoor(config, fleet="another").start()

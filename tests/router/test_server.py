@@ -375,14 +375,17 @@ async def test_a_client_that_takes_nothing_is_cut():
 
 
 async def test_stop_cuts_what_outlasts_the_grace():
+    began = asyncio.Event()
+
     async def forever(request: Request, reply: Reply) -> None:
+        began.set()
         await asyncio.Event().wait()
 
     server = Server(forever, error_body, Limits())
     port = await server.start("127.0.0.1", 0)
     async with client(port) as c:
         await c.send(post("/p", b""))
-        await until(lambda: any(connection.busy for connection in server.connections))
+        await began.wait()
         await server.stop(0)
         assert await c.at_end()
 
