@@ -123,15 +123,16 @@ def down(port: int, run_dir: Path | None) -> None:
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 @run_dir
 def status(port: int, as_json: bool, run_dir: Path | None) -> None:
-    """Show the fleet on a port: its replicas, its engine, where it is. Exit code 3 if there is none."""
+    """Show the fleet on a port: routers, replicas, where they are. Exit code 3 if there is none."""
     from router import status
 
     directory = _directory(run_dir, port)
     record = directory.read()
-    if record is None or not record.herd.alive:
+    if record is not None and record.herd.alive:
+        told = status.of_fleet(record)
+    elif run_dir is not None or (told := status.of_port(port)) is None:
         raise _no_fleet(directory)
-    show = status.as_json if as_json else status.as_text
-    click.echo(show(record, status.fleet_of(record)))
+    click.echo(told.as_json() if as_json else told.as_text())
 
 
 @main.command()
