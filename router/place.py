@@ -200,6 +200,7 @@ class Place:
             async with self._call(member, ALL if member.rank is None else SPARE) as channel:
                 _, found = await _received(channel)
                 listener.send(channel, DONE)
+                await _received(channel)  # its end: the giver has let go
         except OSError as error:
             log.warning("router process %d gives no socket: %r", member.process.pid, error)
             return []

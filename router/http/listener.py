@@ -123,8 +123,9 @@ def send(channel: socket.socket, message: bytes, listeners: Iterable[socket.sock
 
 def receive(channel: socket.socket) -> tuple[bytes, list[socket.socket]]:
     """The next message and the sockets that came with it; nothing when the other end is closed."""
-    message, descriptors, _, _ = socket.recv_fds(channel, 64, MAX_PASSED, socket.MSG_CMSG_CLOEXEC)
+    message, descriptors, _, _ = socket.recv_fds(channel, 64, MAX_PASSED)
     listeners = [socket.socket(fileno=descriptor) for descriptor in descriptors]
     for listener in listeners:
+        listener.set_inheritable(False)  # Python 3.11 does not pass MSG_CMSG_CLOEXEC on
         listener.setblocking(False)  # a flag of the socket itself: whoever clears it stops its other holder
     return message, listeners
