@@ -132,6 +132,36 @@ def processes(folder: Path) -> Iterator[Start]:
             running.stop()
 
 
+class Holder:
+    """Holds the event loop of a router process that was started in its `env`: the loop is stuck then."""
+
+    PROGRAM = """
+import gc, os, threading, time
+
+def wait():
+    while not os.path.exists(os.path.join(os.environ["HOLD"], str(os.getpid()))):
+        time.sleep(0.1)
+    for found in gc.get_objects():
+        if (type(found).__module__, type(found).__name__) == ("router.http.server", "Server"):
+            found.loop.call_soon_threadsafe(time.sleep, 600)
+
+threading.Thread(target=wait, daemon=True).start()
+"""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        (folder / "sitecustomize.py").write_text(self.PROGRAM)  # every Python that finds it runs it
+
+    @property
+    def env(self) -> dict[str, str]:
+        path = (str(self._folder), os.environ.get("PYTHONPATH", ""))
+        return {"PYTHONPATH": os.pathsep.join(filter(None, path)), "HOLD": str(self._folder)}
+
+    def hold(self, pid: int) -> None:
+        """From now on this process does nothing more in its loop."""
+        (self._folder / str(pid)).touch()
+
+
 @dataclass(frozen=True, slots=True)
 class Server:
     """A process of ours that listens: where, and where its operators look."""

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import os
 import socket
-import subprocess
 import tempfile
 
 import msgspec
@@ -185,9 +184,9 @@ async def test_a_listener_of_others_is_refused_by_name():
 async def test_a_listener_that_comes_between_claim_and_open_is_refused():
     async with routers() as router:
         ours = await router("ours")
-        with listener.listen(HOST, ours.place.port, shared=True):
-            with pytest.raises(ListenError, match="is taken"):
-                await ours.place.open()
+        told = pytest.raises(ListenError, match="is taken")
+        with listener.listen(HOST, ours.place.port, shared=True), told:
+            await ours.place.open()
 
 
 async def test_another_fleet_is_refused_until_it_only_finishes_its_streams():
@@ -207,13 +206,11 @@ async def test_another_fleet_is_refused_until_it_only_finishes_its_streams():
 
 
 async def test_the_dead_are_forgotten():
-    gone = subprocess.Popen(["true"])
-    gone.wait()
     async with routers() as router:
         ours = await router("ours")
         port = Port(ours.place.port)
-        async with port.locked():
-            port.write(Member("dead", Process(gone.pid, 1), "theirs", rank=1, listeners=(1,)))
+        async with port.locked():  # the id is this process's, the start is not
+            port.write(Member("dead", Process(os.getpid(), 1), "theirs", rank=1, listeners=(1,)))
         assert [member.rank for member in port.members()] == [0]
         second = await router("second", ours.place.port)
         assert second.rank == 1
