@@ -54,6 +54,7 @@ class Place:
         self.port = port
         self._server = server
         self._self = Member(secrets.token_hex(4), this_process(), fleet)
+        self._retired = False
         self._bound: socket.socket | None = None
         self._listeners: list[socket.socket] = []
         self._control: socket.socket | None = None
@@ -84,8 +85,10 @@ class Place:
         self._tell(admin_port=admin_port)
 
     async def open(self) -> None:
-        """From now on this process takes connections. Raises ListenError."""
+        """From now on this process takes connections, unless it was retired meanwhile. Raises ListenError."""
         async with self._port.locked():
+            if self._retired:
+                return
             members = self.members
             self._refuse_others(members)
             found = await self._inherit(members)
@@ -93,6 +96,7 @@ class Place:
 
     async def retire(self) -> None:
         """Gives up the rank, and the sockets where another process can take them."""
+        self._retired = True
         if self._self.rank is None:
             return
         async with self._port.locked():

@@ -141,6 +141,7 @@ import gc, os, threading, time
 def wait():
     while not os.path.exists(os.path.join(os.environ["HOLD"], str(os.getpid()))):
         time.sleep(0.1)
+    gc.unfreeze()  # Serve freezes what there is once a replica is made
     for found in gc.get_objects():
         if (type(found).__module__, type(found).__name__) == ("router.http.server", "Server"):
             found.loop.call_soon_threadsafe(time.sleep, 600)

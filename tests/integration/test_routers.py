@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import yaml
@@ -84,32 +85,46 @@ def test_a_rolling_update_fails_no_request(whole: Fleet, replicas: int) -> None:
     """By a change of what Serve reserves; with one router too, where the old one goes before the new one."""
     try:
         deploy(whole, replicas, num_cpus=0.01)
-        eventually(lambda: len(pids(whole)) == replicas, REPLACED_S)
         before = set(pids(whole))
-
-        def update() -> None:
-            deploy(whole, replicas, num_cpus=0.02)
-            eventually(lambda: len(now := pids(whole)) == replicas and not before & set(now), REPLACED_S)
-
-        (tally,) = asyncio.run(during(update, lambda end: connections(whole.port, CHAT, ANSWER, 100, end)))
+        (tally,) = asyncio.run(
+            during(
+                lambda: deploy(whole, replicas, num_cpus=0.02),
+                lambda ended: connections(whole.port, CHAT, ANSWER, 100, ended),
+            )
+        )
         assert tally.keys() == {"answered"}
         assert tally["answered"] > 200
+        assert len(pids(whole)) == replicas
+        assert not before & set(pids(whole))
         assert sum(len(member.listeners) for member in open_members(whole)) == 2
     finally:
         deploy(whole, 2)
 
 
 def deploy(fleet: Fleet, routers: int, num_cpus: float = 0.0) -> None:
-    """`serve deploy` of the same file, with the router's deployment changed in Serve's own way."""
+    """`serve deploy` of the same file, with another router deployment, in Serve's own way; to its end."""
     config = yaml.safe_load(fleet.directory.serve_config.read_text())
     options = {"name": "Router", "num_replicas": routers, "ray_actor_options": {"num_cpus": num_cpus}}
     config["applications"][0]["deployments"] = [options]
     changed = fleet.directory.path / "changed.yaml"
     changed.write_text(yaml.safe_dump(config))
-    argv = [SERVE, "deploy", "--address", str(fleet.record.dashboard), changed]
+    serve(fleet, "deploy", changed)
+
+    def settled() -> bool:
+        herd = yaml.safe_load(serve(fleet, "status"))["applications"]["herd"]
+        router = herd["deployments"]["Router"]
+        return herd["status"] == "RUNNING" and router["replica_states"] == {"RUNNING": routers}
+
+    eventually(settled, REPLACED_S)
+
+
+def serve(fleet: Fleet, command: str, *args: Path) -> str:
+    """One of Ray's own commands for operators."""
+    argv = [str(part) for part in (SERVE, command, "--address", fleet.record.dashboard, *args)]
     env = {**os.environ, "RAY_AUTH_MODE": "token"}
     done = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT, env=env, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def test_a_killed_router_is_replaced_while_the_other_serves(whole: Fleet) -> None:

@@ -160,6 +160,18 @@ async def test_the_last_process_answers_what_is_queued_and_leaves_nothing(folder
         assert list(folder.iterdir()) == []
 
 
+async def test_a_process_that_is_ended_while_it_starts_takes_nothing():
+    """Serve calls the destructor of a router whose constructor still runs, and then kills it."""
+    async with routers() as router:
+        first = await router("first")
+        await first.place.open()
+        second = await router("second", first.place.port)
+        await second.stop()
+        await second.place.open()
+        assert sockets(first.place) == [1]
+        assert await answers(queued(first.place.port, 10)) == {b"first"}
+
+
 async def test_a_process_that_does_not_answer_is_passed_over():
     async with routers() as router:
         first = await router("first")
