@@ -8,7 +8,7 @@ import tempfile
 
 import msgspec
 import pytest
-from router_wire import client, post, until
+from router_wire import WAIT_S, client, post, until
 
 from router.errors import ListenError
 from router.http import listener
@@ -84,7 +84,9 @@ async def answers(connections: list[socket.socket]) -> set[bytes]:
         with connection:
             connection.setblocking(False)
             reply = b""
-            while part := await asyncio.wait_for(asyncio.get_running_loop().sock_recv(connection, 4096), 10):
+            while part := await asyncio.wait_for(
+                asyncio.get_running_loop().sock_recv(connection, 4096), WAIT_S
+            ):
                 reply += part
             said.add(reply.rpartition(b"\r\n\r\n")[2])
     return said
@@ -135,7 +137,7 @@ async def test_the_only_process_accepts_until_its_successor_has_its_socket():
         await first.place.open()
         (before,) = first.place.members
         stopping = asyncio.create_task(first.stop(coming))
-        await asked.wait()
+        await asyncio.wait_for(asked.wait(), WAIT_S)
         assert await answers(queued(first.place.port, 10)) == {b"first"}
         second = await router("second", first.place.port)
         assert second.rank == 0
