@@ -426,7 +426,8 @@ class Server:
 
     def ignore(self, listener: socket.socket) -> None:
         """Takes no more connections from this socket; what is queued there stays queued."""
-        self._accepting.pop(listener).close()
+        if (accepting := self._accepting.pop(listener, None)) is not None:
+            accepting.close()
 
     async def drain(self, listener: socket.socket) -> None:
         """Takes what is queued at this socket, and then no more."""
