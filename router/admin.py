@@ -1,7 +1,11 @@
-"""The admin port: metrics, the fleet as a page and as JSON, Prometheus' targets. Never on the front port."""
+"""The admin port of a router process: metrics, the fleet as a page and as JSON, Prometheus' targets.
+
+Never on the front port.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib.resources import files
@@ -12,9 +16,11 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from router.core.fleet import Fleet, Standing, State
 from router.errors import ApiError, MethodNotAllowed, UnknownRoute
-from router.http.server import Reply, Request
+from router.http.server import Reply, Request, Server
 from router.metrics import Metrics
 from router.openai_api import error_body
+from router.place import Place
+from router.port import Member
 
 JSON = (b"content-type", b"application/json")
 
@@ -22,16 +28,27 @@ JSON = (b"content-type", b"application/json")
 class Admin:
     """Answers requests on the admin port."""
 
-    def __init__(self, fleet: Fleet, metrics: Metrics, policy: str, promised: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        metrics: Metrics,
+        policy: str,
+        promised: tuple[str, ...],
+        front: Server,
+        place: Place,
+    ) -> None:
         self._fleet = fleet
         self._metrics = metrics
         self._policy = policy
         self._promised = promised
+        self._front = front
+        self._place = place
         self._page = files("router").joinpath("fleet.html").read_bytes()
         self._routes: dict[str, Callable[[Request, Reply], None]] = {
             "/metrics": self._prometheus,
             "/fleet": self._state,
             "/targets": self._targets,
+            "/routers": self._routers,
             "/health": self._alive,
         }
 
@@ -62,6 +79,8 @@ class Admin:
         body = msgspec.json.encode(
             {
                 "policy": self._policy,
+                "process": self._process(),
+                "processes": [_process(member) for member in self._place.members],
                 "models": [self._model(name) for name in sorted({*self._promised, *self._fleet.models()})],
                 "replicas": [_described(standing) for standing in self._fleet],
             }
@@ -72,10 +91,31 @@ class Admin:
         """Every engine, for Prometheus' `http_sd_configs`: replicas come and go, its file stays as it is."""
         reply.send(200, [JSON], msgspec.json.encode([_target(standing) for standing in self._fleet]))
 
+    def _routers(self, request: Request, reply: Reply) -> None:
+        """Every router process on this port, for Prometheus, under the host name it knows this one by."""
+        host = urlsplit(f"//{(request.header(b'host') or b'').decode('latin-1')}").hostname or "127.0.0.1"
+        host = f"[{host}]" if ":" in host else host
+        ports = [m.admin_port for m in self._place.members if m.admin_port]
+        body = [{"targets": [f"{host}:{port}" for port in ports], "labels": {}}]
+        reply.send(200, [JSON], msgspec.json.encode(body))
+
+    def _process(self) -> dict[str, object]:
+        """What only this process knows of itself."""
+        return {
+            "pid": os.getpid(),
+            "connections": len(self._front.connections),
+            "in_flight": sum(standing.in_flight for standing in self._fleet),
+        }
+
     def _model(self, name: str) -> dict[str, object]:
         replicas = [s for s in self._fleet if name in s.replica.models]
         ready = sum(s.state is State.READY for s in replicas)
         return {"name": name, "replicas": len(replicas), "ready": ready}
+
+
+def _process(member: Member) -> dict[str, object]:
+    """What every process of the port knows of each; one without a rank only finishes what it has."""
+    return {"rank": member.rank, "pid": member.process.pid, "admin_port": member.admin_port}
 
 
 def _described(standing: Standing) -> dict[str, object]:

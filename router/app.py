@@ -59,7 +59,7 @@ def _router(fleet: FleetConfig) -> Application:
     return serve.deployment(
         deployment.Router,
         name="Router",
-        num_replicas=1,
+        num_replicas=fleet.router.replicas,
         ray_actor_options={"num_cpus": 0},
         graceful_shutdown_timeout_s=deployment.DRAIN_S + 30,
         **HEALTH_CHECKS,

@@ -124,15 +124,16 @@ def down(port: int, run_dir: Path | None) -> None:
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 @run_dir
 def status(port: int, as_json: bool, run_dir: Path | None) -> None:
-    """Show the fleet on a port: its replicas, its engine, where it is. Exit code 3 if there is none."""
+    """Show the fleet on a port: routers, replicas, where they are. Exit code 3 if there is none."""
     from router import status
 
     directory = _directory(run_dir, port)
     record = directory.read()
-    if record is None or not record.herd.alive:
+    if record is not None and record.herd.alive:
+        told = status.of_fleet(record)
+    elif run_dir is not None or (told := status.of_port(port)) is None:
         raise _no_fleet(directory)
-    show = status.as_json if as_json else status.as_text
-    click.echo(show(record, status.fleet_of(record)))
+    click.echo(told.as_json() if as_json else told.as_text())
 
 
 @main.command()
@@ -151,18 +152,36 @@ def status(port: int, as_json: bool, run_dir: Path | None) -> None:
     metavar="ALIAS=MODEL",
     help="Another name for a model; may be given several times.",
 )
+@click.option(
+    "--processes",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Router processes that share the port; the nth has the nth admin port.",
+)
 def route(
     worker_urls: tuple[str, ...],
     more_urls: tuple[str, ...],
     policy: str | None,
     aliases: tuple[str, ...],
+    processes: int,
     **listen: Any,
 ) -> None:
-    """Route to vLLM servers that exist, without Ray."""
+    """Route to vLLM servers that exist, without Ray.
+
+    With several processes SIGHUP replaces them, one after the other, without losing a connection.
+    """
     from router.route import run, stands_for
 
-    settings = {**listen, "aliases": stands_for(aliases), **({"policy": policy} if policy else {})}
-    run([*worker_urls, *more_urls], settings, say=click.echo)
+    settings = {**listen, "replicas": processes, "aliases": stands_for(aliases)}
+    if policy is not None:
+        settings["policy"] = policy
+    if processes == 1:
+        run([*worker_urls, *more_urls], settings, say=click.echo)
+    else:
+        from router.processes import run as run_several
+
+        sys.exit(run_several([*worker_urls, *more_urls], settings, say=click.echo))
 
 
 @main.group()

@@ -33,7 +33,8 @@ class RouterConfig(BaseModel):
     host: str = "0.0.0.0"
     port: Port = 8000
     admin_host: str = "127.0.0.1"
-    admin_port: Port = 8001
+    admin_port: Port = 8001  # of the first router process on a machine; the next ones have the next ports
+    replicas: Annotated[int, Field(ge=1)] = 1
     policy: str = "least_requests"
     aliases: dict[Name, Name] = {}
     limits: Limits = Limits()
@@ -52,6 +53,15 @@ class RouterConfig(BaseModel):
             if model in aliases:
                 raise ValueError(f"{alias!r} stands for {model!r}, which is an alias itself")
         return aliases
+
+    @model_validator(mode="after")
+    def _ports_apart(self) -> RouterConfig:
+        last = self.admin_port + self.replicas - 1
+        if last > 65535:
+            raise ValueError(f"admin_port: {self.replicas} router processes need ports up to {last}")
+        if self.port and self.admin_port and self.admin_port <= self.port <= last:
+            raise ValueError(f"admin_port: {self.admin_port} to {last} are admin ports, port {self.port} too")
+        return self
 
 
 class ModelConfig(EngineSpec):

@@ -5,11 +5,16 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import ray
+from ray import serve
+from ray.exceptions import RayError
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import ApplicationStatus
 
 from router.config import RouterConfig
-from router.front import FrontDoor
+from router.front import SETTLE_S, FrontDoor
 from router.roster import ROSTER
+from router.watchdog import watch
 
 # Streams of a leaving router end by themselves within this, else they are cut. As long as a long answer.
 DRAIN_S = 600.0
@@ -22,11 +27,14 @@ class Router:
         self, config: dict[str, Any], models: list[str], *pools: DeploymentHandle[Any]
     ) -> None:
         self._config = RouterConfig.model_validate(config)
-        self._front = FrontDoor(self._config, promised=tuple(models))
+        self._front = FrontDoor(self._config, promised=tuple(models), fleet=_fleet())
+        self._watchdog = asyncio.create_task(watch(self._front.metrics.loop_lag))
         await self._front.start()
         ROSTER.follow(self._front.membership)
         # A handle hears of its replicas once it is in use; `options` is the public way to put it to use.
         self._pools = [pool.options() for pool in pools]
+        await ROSTER.heard(len(pools), SETTLE_S)
+        await self._front.open()
 
     async def check_health(self) -> None:
         """On the router's own loop, so that one that hangs fails too; raises when its port is closed."""
@@ -34,6 +42,32 @@ class Router:
         writer.close()
 
     async def __del__(self) -> None:
-        """Serve awaits this before it ends the process: no new requests, running streams finish."""
+        """Serve awaits this before it ends the process: others take over, running streams finish."""
+        await self._front.stop(DRAIN_S, _successor)
         ROSTER.unfollow()
-        await self._front.stop(DRAIN_S)
+        self._watchdog.cancel()
+
+
+def _fleet() -> str:
+    """Whose processes share a port: those of one deployment on one Ray cluster."""
+    context = serve.get_replica_context()
+    cluster = ray.get_runtime_context().gcs_address
+    return f"{context.app_name} on Ray at {cluster}"
+
+
+async def _successor() -> bool:
+    """Whether Serve is to start a router in this one's place: the deployment is not yet what it should be.
+
+    On a rolling update Serve ends the old process before the new one is there. A deployment that is whole
+    already has its other routers elsewhere: on another port, or another machine.
+    """
+    context = serve.get_replica_context()
+    try:
+        applications = (await asyncio.to_thread(serve.status)).applications
+    except RayError:
+        return False  # Serve itself is going
+    application = applications.get(context.app_name)
+    if application is None or application.status is ApplicationStatus.DELETING:
+        return False
+    deployment = application.deployments.get(context.deployment)
+    return deployment is not None and deployment.status != "HEALTHY"

@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import os
 from collections.abc import Iterable
 
 from router.admin import Admin
@@ -17,19 +20,31 @@ from router.http.server import Server
 from router.http.upstream import Upstreams
 from router.metrics import Metrics
 from router.openai_api import refusal
+from router.place import Place, Successor, nobody
 from router.relay import Relay
 
 __all__ = ["Endpoint", "FrontDoor"]
+
+# A process takes connections when it has asked every replica what it is: one that answers "no such model"
+# would be worse than none. Replicas that do not answer must not keep it from serving with the others.
+SETTLE_S = 10.0
+SETTLE_LOOK_S = 0.01
+# A client sends its next request on a connection soon after the last reply, or not at all: httpx, and so the
+# OpenAI client, gives one up after 5 s. When the fleet ends there is nothing to send it to.
+IDLE_S = 5.0
+LAST_IDLE_S = 0.5
 
 
 class FrontDoor:
     """One router process: front port, admin port, and the fleet behind them.
 
     `promised` names the models that the fleet is meant to serve: they are listed, and answered 503 instead
-    of 404, while none of their replicas is there.
+    of 404, while none of their replicas is there. Processes with the same `fleet` share the port.
     """
 
-    def __init__(self, config: RouterConfig, promised: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, config: RouterConfig, promised: tuple[str, ...] = (), fleet: str | None = None
+    ) -> None:
         self._config = config
         self.port = config.port
         self.admin_port = config.admin_port
@@ -41,17 +56,33 @@ class FrontDoor:
         self._relay = Relay(
             self.fleet, policy, self.metrics, self._watch, self._upstreams, promised, config.aliases
         )
-        admin = Admin(self.fleet, self.metrics, config.policy, promised)
         self._front = Server(self._relay, refusal, config.limits)
+        self._place = Place(config.host, config.port, fleet or f"process {os.getpid()}", self._front)
+        admin = Admin(self.fleet, self.metrics, config.policy, promised, self._front, self._place)
         self._admin = Server(admin, refusal, config.limits)
         self.metrics.connections.set_function(lambda: len(self._front.connections))
 
     async def start(self) -> None:
-        """Binds both ports; raises ListenError with one sentence."""
+        """Takes a place on the port, and opens the admin port; raises ListenError with one sentence."""
         await self._watch.start()
         try:
-            self.port = await self._front.start(self._config.host, self._config.port)
-            self.admin_port = await self._admin.start(self._config.admin_host, self._config.admin_port)
+            rank = await self._place.claim()
+            self.port, config = self._place.port, self._config
+            wanted = config.admin_port + rank if config.admin_port else 0
+            self.admin_port = await self._admin.start(config.admin_host, wanted)
+            self._place.announce(self.admin_port)
+        except ListenError:
+            await self.stop(0)
+            raise
+
+    async def open(self) -> None:
+        """Takes connections once the replicas announced are known; raises ListenError with one sentence."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(SETTLE_S):
+                while not self._watch.settled:
+                    await asyncio.sleep(SETTLE_LOOK_S)
+        try:
+            await self._place.open()
         except ListenError:
             await self.stop(0)
             raise
@@ -72,9 +103,16 @@ class FrontDoor:
         """Every model has a replica that takes requests."""
         return self._relay.ready
 
-    async def stop(self, grace_s: float) -> None:
-        """Accepts nothing more, lets streams end within `grace_s` seconds, closes everything."""
-        await self._front.stop(grace_s)
+    async def retire(self) -> None:
+        """Leaves rank and admin port to the successor, and connections to other processes on the port."""
         await self._admin.stop(0)
+        await self._place.retire()
+
+    async def stop(self, grace_s: float, successor: Successor = nobody) -> None:
+        """Accepts until another process does, lets streams end within `grace_s` seconds, and closes all."""
+        await self.retire()
+        handed_over = await self._place.hand_over(successor)
+        await self._front.stop(grace_s, IDLE_S if handed_over else LAST_IDLE_S)
+        await self._place.leave()
         await self._watch.stop()
         self._upstreams.close()

@@ -111,6 +111,7 @@ class Watch:
         self._metrics = metrics
         self._followers: dict[str, asyncio.Task[None]] = {}
         self._looks: dict[str, asyncio.Event] = {}
+        self._untried: set[str] = set()
 
     async def start(self) -> None:
         """Opens the client that probes go through."""
@@ -127,12 +128,14 @@ class Watch:
     def follow(self, endpoint: Endpoint) -> None:
         """A replica was announced."""
         self._looks[endpoint.id] = asyncio.Event()
+        self._untried.add(endpoint.id)
         self._followers[endpoint.id] = asyncio.get_running_loop().create_task(self._follow(endpoint))
 
     def drop(self, replica_id: str) -> None:
         """A replica was withdrawn: it gets nothing more."""
         self._followers.pop(replica_id).cancel()
         del self._looks[replica_id]
+        self._untried.discard(replica_id)
         self._fleet.left(replica_id)
 
     def suspect(self, replica_id: str) -> None:
@@ -153,6 +156,11 @@ class Watch:
     @property
     def followed(self) -> frozenset[str]:
         return frozenset(self._followers)
+
+    @property
+    def settled(self) -> bool:
+        """Every replica was asked once what it is."""
+        return not self._untried
 
     async def _follow(self, endpoint: Endpoint) -> None:
         await self._admit(endpoint)
@@ -175,9 +183,11 @@ class Watch:
                 if not complained:
                     log.warning("waiting for replica %s: %s", endpoint.id, error)
                 complained = True
+                self._untried.discard(endpoint.id)
                 await asyncio.sleep(PROBE_DOWN_S)
         self._fleet.joined(replica, self._now())
         self._fleet.recovered(replica.id, self._now())
+        self._untried.discard(endpoint.id)
         log.info("replica %s serves %s at %s", replica.id, ", ".join(replica.models), replica.url)
 
     async def _pause(self, replica_id: str) -> None:

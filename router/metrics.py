@@ -20,6 +20,8 @@ TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60)
 DURATION_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300, 600)
 # The router's own share: microseconds when idle, milliseconds when its loop is behind.
 OVERHEAD_BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1)
+# A body of the size limit holds the loop for 0.1 s; router.watchdog ends a process that is held for 10.
+LAG_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 
 # Why a request was placed again: no connection to the replica, or its reply was cut.
 RETRY_REASONS = ("connect", "cut")
@@ -82,6 +84,13 @@ class Metrics:
             "From the request's last byte until it was sent to a replica.",
             labels=(),
             bounds=OVERHEAD_BUCKETS,
+        ).labels()
+        self.loop_lag = Histograms(
+            self.registry,
+            "herd_event_loop_lag_seconds",
+            "How much later than due the event loop came to a timer: what every request there waits as well.",
+            labels=(),
+            bounds=LAG_BUCKETS,
         ).labels()
         self.connections = self._gauge("client_connections", "Open client connections.")
         self._replicas = self._gauge("replicas", "Replicas by state.", "model", "state")

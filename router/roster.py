@@ -7,10 +7,13 @@ the replica that unpickles it. This module is pickled by name, so both sides mee
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Callable, Iterable
 
 from router.front import Endpoint
+
+LOOK_S = 0.01
 
 Listener = Callable[[list[Endpoint]], None]
 
@@ -34,6 +37,14 @@ class Roster:
         """Tell nobody any more."""
         with self._lock:
             self._loop = self._listener = None
+
+    async def heard(self, pools: int, within_s: float) -> None:
+        """Waits until so many pools were announced, or no longer; the listener knows them then."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                while len(self._pools) < pools:
+                    await asyncio.sleep(LOOK_S)
+        self._tell()
 
     def announce(self, pool: str, endpoints: Iterable[Endpoint]) -> None:
         """The whole membership of one pool as it is now. Callable from any thread."""

@@ -66,8 +66,9 @@ class Record(msgspec.Struct, omit_defaults=True):
     engine: str
     models: list[str]
     endpoint: str
-    admin: str
+    admin: str  # of the first router process; the next ones have the next ports
     run_directory: str
+    routers: int = 1
     dashboard: str | None = None
     ray_address: str | None = None
     token_auth: bool = False

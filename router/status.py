@@ -1,57 +1,122 @@
-"""`herd status`: a running fleet as its run directory and its admin port tell it."""
+"""`herd status`: a running fleet, as its record and the admin ports of its router processes tell it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import msgspec
 
+from router.port import Port
 from router.run_directory import Record
 
-COLUMNS = ("id", "models", "engine", "state", "in_flight", "url")
-HEADINGS = ("REPLICA", "MODEL", "ENGINE", "STATE", "IN FLIGHT", "URL")
+ROUTERS = {
+    "ROUTER": "rank",
+    "PID": "pid",
+    "ADMIN PORT": "admin_port",
+    "IN FLIGHT": "in_flight",
+    "CONNECTIONS": "connections",
+}
+REPLICAS = {
+    "REPLICA": "id",
+    "MODEL": "models",
+    "ENGINE": "engine",
+    "STATE": "state",
+    "IN FLIGHT": "in_flight",
+    "URL": "url",
+}
+# What every router process counts of a replica by itself.
+COUNTED = ("in_flight", "awaiting_first_token", "finished", "failures")
 
 
-def fleet_of(record: Record) -> dict[str, Any] | None:
-    """The fleet as the router sees it now; None while no router answers."""
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What there is to tell. `places` are the lines above the tables; without `fleet` no router answers."""
+
+    places: dict[str, str | None]
+    record: dict[str, Any]
+    fleet: dict[str, Any] | None
+    trouble: str
+
+    def as_json(self) -> bytes:
+        """For programs: the record with `fleet`, which is null while no router answers."""
+        return msgspec.json.format(msgspec.json.encode({**self.record, "fleet": self.fleet}))
+
+    def as_text(self) -> str:
+        """The same for people."""
+        lines = [*(f"{name:<9}  {value}" for name, value in self.places.items()), ""]
+        if self.fleet is None:
+            return "\n".join([*lines, self.trouble])
+        routers = _table(ROUTERS, self.fleet["processes"])
+        return "\n".join([*lines, *routers, "", *_table(REPLICAS, self.fleet["replicas"])])
+
+
+def of_fleet(record: Record) -> Status:
+    """What `herd up` runs."""
+    admin = urlsplit(record.admin)
+    ports = range(admin.port or 0, (admin.port or 0) + record.routers)
+    places = {
+        "endpoint": f"{record.endpoint}/v1",
+        "admin": record.admin,
+        "dashboard": record.dashboard,
+        "engine": record.engine,
+    }
+    trouble = "The router does not answer." if record.ready else "No router answers yet."
+    fleet = _seen_by_all(admin.hostname or "", ports)
+    return Status(places, msgspec.to_builtins(record), fleet, trouble)
+
+
+def of_port(port: int) -> Status | None:
+    """What `herd route` runs on a port of this machine; None if there is nothing."""
+    ports = [member.admin_port for member in Port(port).members() if member.admin_port]
+    if not ports:
+        return None
+    where = {"endpoint": f"http://127.0.0.1:{port}", "admin": f"http://127.0.0.1:{ports[0]}"}
+    places = {**where, "endpoint": f"{where['endpoint']}/v1"}
+    return Status(places, where, _seen_by_all("127.0.0.1", ports), "The router does not answer.")
+
+
+def _seen_by_all(host: str, admin_ports: Sequence[int]) -> dict[str, Any] | None:
+    """The fleet as the first process that answers sees it, with what only the others know of their own."""
+    seen = [fleet for port in admin_ports if (fleet := _seen_by_one(host, port)) is not None]
+    if not seen:
+        return None
+    fleet = seen[0]
+    own = {each["process"]["pid"]: each["process"] for each in seen}
+    fleet["processes"] = [{**process, **own.get(process["pid"], {})} for process in fleet["processes"]]
+    del fleet["process"]
+    views = [replica for each in seen for replica in each["replicas"]]
+    fleet["replicas"] = [_summed(replica, views) for replica in fleet["replicas"]]
+    return fleet
+
+
+def _summed(replica: dict[str, Any], views: list[dict[str, Any]]) -> dict[str, Any]:
+    same = [view for view in views if view["id"] == replica["id"]]
+    return {**replica, **{count: sum(view[count] for view in same) for count in COUNTED}}
+
+
+def _seen_by_one(host: str, admin_port: int) -> dict[str, Any] | None:
     try:
-        reply = httpx.get(f"{record.admin}/fleet", timeout=5, trust_env=False)
+        reply = httpx.get(f"http://{host}:{admin_port}/fleet", timeout=5, trust_env=False)
         reply.raise_for_status()
         return dict(reply.json())
     except httpx.HTTPError:
         return None
 
 
-def as_json(record: Record, fleet: dict[str, Any] | None) -> bytes:
-    """Both in one object; `fleet` is null while no router answers."""
-    return msgspec.json.format(msgspec.json.encode({**msgspec.to_builtins(record), "fleet": fleet}))
-
-
-def as_text(record: Record, fleet: dict[str, Any] | None) -> str:
-    """The same for people."""
-    lines = [
-        f"endpoint   {record.endpoint}/v1",
-        f"admin      {record.admin}",
-        f"dashboard  {record.dashboard}",
-        f"engine     {record.engine}",
-        "",
-    ]
-    if fleet is None:
-        return "\n".join(
-            [*lines, "No router answers yet." if not record.ready else "The router does not answer."]
-        )
-    rows = [HEADINGS, *(_row(replica) for replica in fleet["replicas"])]
-    return "\n".join([*lines, *_aligned(rows)])
-
-
-def _row(replica: dict[str, Any]) -> tuple[str, ...]:
-    cells = (replica[column] for column in COLUMNS)
-    return tuple(", ".join(cell) if isinstance(cell, list) else str(cell) for cell in cells)
-
-
-def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(HEADINGS))]
+def _table(columns: dict[str, str], rows: list[dict[str, Any]]) -> list[str]:
+    cells = [tuple(columns), *(tuple(_cell(row.get(key)) for key in columns.values()) for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
     return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in cells
     ]
+
+
+def _cell(value: Any) -> str:
+    if value is None:  # of a process that is leaving
+        return "-"
+    return ", ".join(value) if isinstance(value, list) else str(value)

@@ -216,7 +216,8 @@ def _cluster(up: Up, record: Record) -> AbstractContextManager[Cluster]:
 
 def _refuse_taken_ports(plan: Plan) -> None:
     router = plan.fleet.router
-    for host, port in ((router.host, router.port), (router.admin_host, router.admin_port)):
+    admin_ports = range(router.admin_port, router.admin_port + router.replicas)
+    for host, port in ((router.host, router.port), *((router.admin_host, port) for port in admin_ports)):
         if not is_free(host, port):
             raise ListenError(f"Port {port} is taken: something already listens on it.")
 
@@ -230,6 +231,7 @@ def _first_record(up: Up) -> Record:
         models=[model.name for model in up.plan.fleet.models],
         endpoint=endpoint,
         admin=admin,
+        routers=up.plan.fleet.router.replicas,
         run_directory=str(up.directory.path),
         ray_folder=str(new_folder()) if up.address is None else None,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 from router.core.fleet import Fleet, Replica
@@ -219,3 +220,42 @@ async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(WAIT_S):
         while not condition():
             await asyncio.sleep(0.005)
+
+
+async def one_connection(port: int, request: bytes, expected: bytes) -> str:
+    """Connects, sends one request, reads the reply, closes: `answered`, or how it went instead."""
+    try:
+        async with asyncio.timeout(WAIT_S):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            with contextlib.closing(writer):
+                writer.write(request)
+                reply = await read_message(reader)
+                return "answered" if expected in reply else f"answered {reply!r}"
+    except (OSError, asyncio.IncompleteReadError) as error:
+        return type(error).__name__
+
+
+async def connections(
+    port: int, request: bytes, expected: bytes, per_second: int, ended: asyncio.Event
+) -> Counter[str]:
+    """So many new connections a second until the event, whether or not earlier ones have ended."""
+    loop, tasks = asyncio.get_running_loop(), []
+    began = loop.time()
+    while not ended.is_set():
+        for _ in range(int((loop.time() - began) * per_second) - len(tasks)):
+            tasks.append(loop.create_task(one_connection(port, request, expected)))
+        await asyncio.sleep(0.002)
+    return Counter(await asyncio.gather(*tasks))
+
+
+async def during(
+    work: Callable[[], object], *traffic: Callable[[asyncio.Event], Awaitable[Counter[str]]]
+) -> list[Counter[str]]:
+    """What each kind of traffic counts that runs while this works in a thread."""
+    ended = asyncio.Event()
+    running = [asyncio.ensure_future(one(ended)) for one in traffic]
+    try:
+        await asyncio.to_thread(work)
+    finally:
+        ended.set()
+    return await asyncio.gather(*running)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -48,6 +49,19 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
+
+
+def free_ports(count: int) -> int:
+    """The first of so many free ports in a row, below those that outgoing connections are given."""
+    while True:
+        first = random.randrange(10000, 32768 - count)  # ip_local_port_range begins at 32768
+        with contextlib.ExitStack() as sockets:
+            try:
+                for port in range(first, first + count):
+                    sockets.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return first
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +130,37 @@ def processes(folder: Path) -> Iterator[Start]:
     finally:
         for running in reversed(started):
             running.stop()
+
+
+class Holder:
+    """Holds the event loop of a router process that was started in its `env`: the loop is stuck then."""
+
+    PROGRAM = """
+import gc, os, threading, time
+
+def wait():
+    while not os.path.exists(os.path.join(os.environ["HOLD"], str(os.getpid()))):
+        time.sleep(0.1)
+    gc.unfreeze()  # Serve freezes what there is once a replica is made
+    for found in gc.get_objects():
+        if (type(found).__module__, type(found).__name__) == ("router.http.server", "Server"):
+            found.loop.call_soon_threadsafe(time.sleep, 600)
+
+threading.Thread(target=wait, daemon=True).start()
+"""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        (folder / "sitecustomize.py").write_text(self.PROGRAM)  # every Python that finds it runs it
+
+    @property
+    def env(self) -> dict[str, str]:
+        path = (str(self._folder), os.environ.get("PYTHONPATH", ""))
+        return {"PYTHONPATH": os.pathsep.join(filter(None, path)), "HOLD": str(self._folder)}
+
+    def hold(self, pid: int) -> None:
+        """From now on this process does nothing more in its loop."""
+        (self._folder / str(pid)).touch()
 
 
 @dataclass(frozen=True, slots=True)

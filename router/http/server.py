@@ -8,6 +8,7 @@ cancelled: that is how a disconnect reaches the engine.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import socket
 from collections import deque
@@ -19,8 +20,9 @@ from typing import Annotated, Protocol, cast
 import httptools
 from pydantic import BaseModel, ConfigDict, Field
 
-from router.errors import ApiError, BadRequest, ClientTimeout, HeadTooLarge, ListenError, TooLarge
+from router.errors import ApiError, BadRequest, ClientTimeout, HeadTooLarge, TooLarge
 from router.http.headers import Headers, first
+from router.http.listener import BACKLOG, listen
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +30,6 @@ Handler = Callable[["Request", "Reply"], Awaitable[None]]
 # Writes the body of an error that the HTTP layer itself found: (error, path if known) -> JSON bytes.
 ErrorBody = Callable[[ApiError, str], bytes]
 
-BACKLOG = 4096  # connections the kernel holds while a burst is accepted
 # Requests that may wait on one connection. Reading must go on beyond it, or a client's leaving is not seen.
 MAX_PIPELINED = 32
 # What is kept unsent for a slow client before its engine is no longer read from.
@@ -324,6 +325,8 @@ class Connection(asyncio.Protocol):
     def _next(self) -> None:
         request = self._waiting.popleft()
         self._reply = Reply(self, request)
+        if self._server.closing:
+            self._reply.close_after()
         self._task = self._loop.create_task(self._handle(request, self._reply))
 
     async def _handle(self, request: Request, reply: Reply) -> None:
@@ -347,9 +350,6 @@ class Connection(asyncio.Protocol):
 
     def _rest(self) -> None:
         """Nothing is being answered; the client may send its next request, for a while."""
-        if self._server.closing:
-            self._transport.close()
-            return
         if self._began_at is None:
             self._quiet_since = self._loop.time()
 
@@ -375,8 +375,8 @@ class Connection(asyncio.Protocol):
             self._transport.abort()
         elif self._began_at is not None and now - self._began_at > limits.receive_s:
             self._refuse(ClientTimeout(f"The request did not arrive within {limits.receive_s:g} s"))
-        elif self._quiet_since is not None and now - self._quiet_since > limits.idle_s:
-            self._transport.close()
+        else:
+            self.close_idle(now, limits.idle_s)
 
     def _is_stuck(self, now: float) -> bool:
         """Whether the client has taken nothing of what is unsent for as long as it may idle."""
@@ -387,20 +387,18 @@ class Connection(asyncio.Protocol):
         return unsent > 0 and now - self._stuck_since > self._server.limits.idle_s
 
     def finish(self) -> None:
-        """The server is leaving: close at once if idle, else after the reply under way."""
-        if self._task is None:
-            self._transport.close()
-        elif self._reply is not None:
+        """The server is leaving: the reply under way says so, unless its head is out already."""
+        if self._reply is not None and not self._reply.status:
             self._reply.close_after()
+
+    def close_idle(self, now: float, idle_s: float) -> None:
+        """Closes the connection if there was no request for so long."""
+        if self._quiet_since is not None and now - self._quiet_since >= idle_s:
+            self._transport.close()
 
     def abort(self) -> None:
         """Cuts the connection without waiting for what is unsent."""
         self._transport.abort()
-
-    @property
-    def busy(self) -> bool:
-        """A request is being answered, or its answer is not sent whole yet."""
-        return self._task is not None or self._transport.get_write_buffer_size() > 0
 
 
 class Server:
@@ -412,27 +410,55 @@ class Server:
         self.limits = limits
         self.connections: set[Connection] = set()
         self.closing = False
-        self._server: asyncio.Server | None = None
+        self._accepting: dict[socket.socket, asyncio.Server] = {}
+        self._sweeper: asyncio.Task[None] | None = None
 
     async def start(self, host: str, port: int) -> int:
-        """Binds and listens; the port as bound. Raises ListenError with one sentence."""
-        self.loop = asyncio.get_running_loop()
-        listener = _listener(host, port)
-        self._server = await self.loop.create_server(lambda: Connection(self), sock=listener, backlog=BACKLOG)
-        self._sweeper = self.loop.create_task(self._sweep())
-        bound: int = listener.getsockname()[1]
+        """Binds and listens on a port of its own; the port as bound. Raises ListenError with one sentence."""
+        with listen(host, port) as listener:
+            await self.accept(listener)
+            bound: int = listener.getsockname()[1]
         return bound
 
-    async def stop(self, grace_s: float) -> None:
-        """Takes no more connections, lets replies under way end within `grace_s`, closes everything."""
-        if self._server is None:
+    async def accept(self, listener: socket.socket) -> None:
+        """Takes connections from this socket too. It stays the caller's, who may hand it on or close it."""
+        self.loop = asyncio.get_running_loop()
+        if self._sweeper is None:
+            self._sweeper = self.loop.create_task(self._sweep())
+        self._accepting[listener] = await self.loop.create_server(
+            lambda: Connection(self), sock=listener.dup(), backlog=BACKLOG
+        )
+
+    def ignore(self, listener: socket.socket) -> None:
+        """Takes no more connections from this socket; what is queued there stays queued."""
+        if (accepting := self._accepting.pop(listener, None)) is not None:
+            accepting.close()
+
+    async def drain(self, listener: socket.socket) -> None:
+        """Takes what is queued at this socket, and then no more."""
+        self.ignore(listener)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                accepted, _ = listener.accept()
+                await self.loop.connect_accepted_socket(lambda: Connection(self), accepted)
+
+    async def stop(self, grace_s: float, idle_s: float = 0.0) -> None:
+        """Takes no more connections, lets replies under way end within `grace_s`, closes everything.
+
+        A client that sends its next request while its connection is being closed would lose it. So a
+        connection ends with a reply that says so, or once there was no request on it for `idle_s`.
+        """
+        if self._sweeper is None:
             return
         self.closing = True
-        self._server.close()
+        for listener in list(self._accepting):
+            self.ignore(listener)
         for connection in list(self.connections):
             connection.finish()
         deadline = self.loop.time() + grace_s
-        while any(c.busy for c in self.connections) and self.loop.time() < deadline:
+        while self.connections and (now := self.loop.time()) < deadline:
+            for connection in list(self.connections):
+                connection.close_idle(now, idle_s)
             await asyncio.sleep(0.05)
         for connection in list(self.connections):
             connection.abort()
@@ -445,19 +471,3 @@ class Server:
             now = self.loop.time()
             for connection in list(self.connections):
                 connection.sweep(now)
-
-
-def _listener(host: str, port: int) -> socket.socket:
-    """A bound socket. Not shared by SO_REUSEPORT: a second listener would take half the connections."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-        # Linux lets two sockets bind with SO_REUSEADDR as long as none listens: only listening settles it.
-        listener.listen(BACKLOG)
-    except OSError as error:
-        listener.close()
-        raise ListenError(f"cannot listen on {host}:{port}: {error.strerror}") from None
-    listener.setblocking(False)
-    return listener

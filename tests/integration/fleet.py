@@ -7,12 +7,13 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
-from support import ROOT, Running, eventually, free_port
+from support import ROOT, Running, eventually, free_port, free_ports
 
 from router.run_directory import Process, Record, RunDirectory
 
@@ -27,12 +28,13 @@ END_S = 60.0
 class Fleet:
     """One `herd up` in a run directory and on ports of its own."""
 
-    def __init__(self, folder: Path, *args: str | Path) -> None:
-        self.port, self.admin_port = free_port(), free_port()
+    def __init__(self, folder: Path, *args: str | Path, env: Mapping[str, str] | None = None) -> None:
+        self.port = free_ports(3)
+        self.admin_port = self.port + 1  # and the next for a second router process
         self.directory = RunDirectory(folder / "run")
         ports = ["--port", str(self.port), "--admin-port", str(self.admin_port)]
         where = ["--run-dir", str(self.directory.path), "--dashboard-port", str(free_port())]
-        self.running = Running.start([HERD, "up", *args, *ports, *where], folder / "herd-up.log")
+        self.running = Running.start([HERD, "up", *args, *ports, *where], folder / "herd-up.log", env)
 
     def wait_until_up(self, timeout: float = UP_S) -> Fleet:
         """Returns when it says how to try it; fails as soon as it has ended instead."""

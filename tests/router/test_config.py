@@ -44,6 +44,15 @@ def test_a_model_may_have_other_names():
         ),
         ({"models": [MODEL], "router": {"aliases": {"a": ""}}}, "router.aliases.a: String should have"),
         ({"models": [MODEL], "router": {"limits": {"idle_s": 0}}}, "router.limits.idle_s: "),
+        ({"models": [MODEL], "router": {"replicas": 0}}, "router.replicas: Input should be greater than"),
+        (
+            {"models": [MODEL], "router": {"admin_port": 65535, "replicas": 2}},
+            "router: admin_port: 2 router processes need ports up to 65536",
+        ),
+        (
+            {"models": [MODEL], "router": {"port": 8002, "replicas": 2}},
+            "router: admin_port: 8001 to 8002 are admin ports, port 8002 too",
+        ),
         ({"models": [MODEL], "rooter": {}}, "rooter: Extra inputs are not permitted"),
     ],
 )

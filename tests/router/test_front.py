@@ -1,6 +1,7 @@
 import asyncio
 import contextlib
 import json
+import os
 
 import pytest
 from router_wire import VLLM_PAGES, WAIT_S, answering, client, engine, post, reply, until
@@ -19,6 +20,7 @@ async def front_door(**settings):
     config = RouterConfig(**{"host": "127.0.0.1", "port": 0, "admin_port": 0, **settings})
     front = FrontDoor(config, promised=("m",))
     await front.start()
+    await front.open()
     try:
         yield front
     finally:
@@ -96,6 +98,63 @@ async def test_the_admin_port_tells_the_fleet():
         assert "process_cpu_seconds_total" in metrics
 
 
+async def test_the_admin_port_tells_every_process_of_the_port():
+    async with front_door() as front, front_door(port=front.port) as second, client(front.port):
+        await until(lambda: sum(map(connected, (front, second))) == 1)
+        fleet = json.loads((await get(front.admin_port, "/fleet"))[2])
+        assert fleet["process"] == {"pid": os.getpid(), "connections": connected(front), "in_flight": 0}
+        assert fleet["processes"] == [
+            {"rank": 0, "pid": os.getpid(), "admin_port": front.admin_port},
+            {"rank": 1, "pid": os.getpid(), "admin_port": second.admin_port},
+        ]
+        host = "GET /routers HTTP/1.1\r\nhost: [::1]:9\r\n\r\n"
+        assert json.loads((await said(second.admin_port, host.encode()))[2]) == [
+            {"targets": [f"[::1]:{front.admin_port}", f"[::1]:{second.admin_port}"], "labels": {}}
+        ]
+        await front.retire()
+        with pytest.raises(ConnectionRefusedError):
+            await get(front.admin_port, "/fleet")
+        processes = json.loads((await get(second.admin_port, "/fleet"))[2])["processes"]
+        assert [process["rank"] for process in processes] == [1, None]
+
+
+def connected(front):
+    return front.metrics.registry.get_sample_value("herd_client_connections")
+
+
+async def test_a_process_takes_connections_when_it_knows_the_replicas():
+    release = asyncio.Event()
+
+    async def slow(request, reader, writer):
+        await release.wait()
+        await answering(PAGES)(request, reader, writer)
+
+    config = RouterConfig(host="127.0.0.1", port=0, admin_port=0)
+    async with engine(slow) as (_, url):
+        front = FrontDoor(config)
+        await front.start()
+        front.membership([Endpoint("a", url)])
+        opening = asyncio.create_task(front.open())
+        assert (await get(front.admin_port, "/health"))[0] == 200
+        with pytest.raises(ConnectionRefusedError):
+            await said(front.port, CHAT)
+        release.set()
+        await opening
+        assert (await said(front.port, CHAT))[0] == 200
+        await front.stop(0)
+
+
+async def test_a_replica_that_does_not_answer_keeps_nobody_waiting(monkeypatch):
+    monkeypatch.setattr("router.front.SETTLE_S", 0.1)
+    async with engine(lambda *_: asyncio.Event().wait()) as (_, mute), engine(answering(PAGES)) as (_, url):
+        front = FrontDoor(RouterConfig(host="127.0.0.1", port=0, admin_port=0))
+        await front.start()
+        front.membership([Endpoint("a", url), Endpoint("b", "http://127.0.0.1:1"), Endpoint("c", mute)])
+        await front.open()
+        assert (await said(front.port, CHAT))[0] == 200
+        await front.stop(0)
+
+
 async def test_a_fleet_that_lost_its_replicas_says_so():
     async with engine(answering(PAGES)) as (_, url), front_door() as front:
         front.membership([Endpoint("a", url)])
@@ -128,10 +187,13 @@ async def test_the_front_port_tells_nothing_of_the_fleet(path):
         assert (await get(front.port, path))[0] == 404
 
 
-@pytest.mark.parametrize("setting", ["port", "admin_port"])
-async def test_a_port_in_use_is_told(setting):
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [("port", "port {} is taken: another fleet has it"), ("admin_port", ":{}: Address already in use")],
+)
+async def test_a_port_in_use_is_told(setting, told):
     async with front_door() as front:
         taken = front.port
-        second = FrontDoor(RouterConfig(**{"host": "127.0.0.1", "port": 0, "admin_port": 0, setting: taken}))
-        with pytest.raises(ListenError, match=f":{taken}: Address already in use"):
-            await second.start()
+        config = RouterConfig(**{"host": "127.0.0.1", "port": 0, "admin_port": 0, setting: taken})
+        with pytest.raises(ListenError, match=told.format(taken)):
+            await FrontDoor(config, fleet="another").start()

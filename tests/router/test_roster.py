@@ -33,3 +33,16 @@ async def test_nothing_is_heard_after_unfollow() -> None:
     await asyncio.to_thread(roster.announce, "one", [A])
     await asyncio.sleep(0)
     assert heard == [[]]
+
+
+async def test_a_router_waits_until_it_has_heard_of_every_pool() -> None:
+    roster, known = Roster(), []
+    roster.follow(known.append)
+    roster.announce("one", [A])
+    waiting = asyncio.create_task(roster.heard(2, within_s=10))
+    await asyncio.sleep(0.05)
+    assert not waiting.done()
+    await asyncio.to_thread(roster.announce, "two", [B])
+    await waiting
+    assert known[-1] == [A, B]
+    await roster.heard(3, within_s=0.05)  # and no longer than that

@@ -4,6 +4,7 @@ import pytest
 from router_wire import client, post, serving, until
 
 from router.errors import ListenError
+from router.http.listener import listen
 from router.http.server import HIGH_WATER_BYTES, MAX_PIPELINED, Limits, Reply, Request, Server
 from router.openai_api import error_body
 
@@ -364,6 +365,73 @@ async def test_a_reply_under_way_is_the_last_of_a_server_that_stops():
         await stopping
 
 
+async def test_a_request_that_arrives_while_a_server_stops_is_answered():
+    """On a connection that was idle, on one that was in the middle of it, and behind a reply under way."""
+    began, go_on = asyncio.Event(), asyncio.Event()
+
+    async def streams(request: Request, reply: Reply) -> None:
+        reply.start(200, [])
+        reply.write(b"begun")
+        began.set()
+        await go_on.wait()
+        reply.end()
+
+    server = Server(streams, error_body, Limits())
+    port = await server.start("127.0.0.1", 0)
+    request = post("/p", b"body")
+    async with client(port) as idle, client(port) as halfway, client(port) as streaming:
+        await halfway.send(request[:20])
+        await streaming.send(request)
+        assert "connection" not in (await streaming.head())[1]
+        await began.wait()
+        stopping = asyncio.create_task(server.stop(10, 10))
+        await until(lambda: server.closing)
+        go_on.set()
+        assert [chunk async for chunk in streaming.chunks()] == [b"begun"]
+        await idle.send(request)
+        await halfway.send(request[20:])
+        await streaming.send(request)
+        for c in (idle, halfway, streaming):
+            status, headers, _ = await c.reply()
+            assert (status, headers["connection"]) == (200, "close")
+            assert await c.at_end()
+        await stopping
+
+
+async def test_a_server_that_stops_closes_what_stays_idle():
+    server = Server(echo, error_body, Limits())
+    port = await server.start("127.0.0.1", 0)
+    async with client(port) as c:
+        await c.send(post("/p", b""))
+        await c.reply()
+        began = asyncio.get_running_loop().time()
+        await server.stop(10, 0.2)
+        assert await c.at_end()
+        assert 0.1 < asyncio.get_running_loop().time() - began < 5
+
+
+async def test_listening_sockets_come_and_go():
+    """One that is ignored keeps what is queued; one that is drained does not."""
+    server = Server(echo, error_body, Limits())
+    with listen("127.0.0.1", 0) as listener:
+        port = listener.getsockname()[1]
+        await server.accept(listener)
+        server.ignore(listener)
+        async with client(port) as c:
+            await c.send(post("/p", b"", "connection: close"))
+            await asyncio.sleep(0)
+            assert not server.connections
+            await server.accept(listener)
+            assert (await c.reply())[0] == 200
+            server.ignore(listener)
+        async with client(port) as queued:
+            await server.accept(listener)
+            await server.drain(listener)
+            await queued.send(post("/p", b""))
+            assert (await queued.reply())[0] == 200
+            await server.stop(0)
+
+
 async def test_a_client_that_takes_nothing_is_cut():
     async def large(request: Request, reply: Reply) -> None:
         reply.send(200, [], b"x" * 64 * HIGH_WATER_BYTES)
@@ -375,14 +443,17 @@ async def test_a_client_that_takes_nothing_is_cut():
 
 
 async def test_stop_cuts_what_outlasts_the_grace():
+    began = asyncio.Event()
+
     async def forever(request: Request, reply: Reply) -> None:
+        began.set()
         await asyncio.Event().wait()
 
     server = Server(forever, error_body, Limits())
     port = await server.start("127.0.0.1", 0)
     async with client(port) as c:
         await c.send(post("/p", b""))
-        await until(lambda: any(connection.busy for connection in server.connections))
+        await began.wait()
         await server.stop(0)
         assert await c.at_end()
 

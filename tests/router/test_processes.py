@@ -1,0 +1,232 @@
+"""`herd route --processes`: real processes on one port, under traffic that counts every connection."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from router_wire import WAIT_S, connections, during, one_connection, post, read_message
+from support import HERD, ROOT, Holder, Running, Start, eventually, free_ports, get, processes
+
+from router.http import listener
+from router.port import Member, Port
+from router.watchdog import STUCK_S
+
+MOCK = (sys.executable, "-m", "loadtests.mock_engine", "--engines", "1")
+CHAT = post("/v1/chat/completions", b'{"model":"mock","messages":[{"role":"user","content":"Hello"}]}')
+ANSWER = b'"content":" alpha"'
+# A process starts in a second on a machine that is otherwise idle.
+REPLACED_S = 30.0
+
+
+@dataclass(frozen=True)
+class Route:
+    """A running `herd route --processes`, in front of one mock engine."""
+
+    parent: Running
+    port: int
+    admin_port: int
+
+    @property
+    def members(self) -> list[Member]:
+        """Its processes that take connections, by rank."""
+        return [member for member in Port(self.port).members() if member.open]
+
+    @property
+    def pids(self) -> list[int]:
+        return [member.process.pid for member in self.members]
+
+    def roll(self) -> None:
+        """Has every process replaced."""
+        before = set(self.pids)
+        os.kill(self.parent.process.pid, signal.SIGHUP)
+        eventually(lambda: len(self.pids) == len(before) and not before & set(self.pids), REPLACED_S)
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a mock engine."""
+    with processes(tmp_path_factory.mktemp("engine")) as start:
+        mock = start(*MOCK)
+        yield eventually(lambda: mock.output.strip())
+
+
+def route(start: Start, engine: str, count: int = 2, env: Mapping[str, str] | None = None) -> Route:
+    """`herd route` when all of its processes take connections."""
+    port = free_ports(count + 1)
+    admin_port = port + 1
+    ports = ("--host", "127.0.0.1", "--port", str(port), "--admin-port", str(admin_port))
+    parent = start(*HERD, "route", *ports, "--processes", str(count), "--worker-urls", engine, env=env)
+    eventually(lambda: "Routing to" in parent.output or parent.process.poll() is not None, REPLACED_S)
+    assert parent.process.poll() is None, parent.output
+    return Route(parent, port, admin_port)
+
+
+async def one_client(port: int, ended: asyncio.Event) -> Counter[str]:
+    """Sends one request after the other, on one connection until the router says it closes."""
+    tally: Counter[str] = Counter()
+    while not ended.is_set():
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        tally["connections"] += 1
+        with contextlib.closing(writer):
+            try:
+                closes = False
+                while not closes and not ended.is_set():
+                    writer.write(CHAT)
+                    reply = await asyncio.wait_for(read_message(reader), WAIT_S)
+                    tally["answered" if ANSWER in reply else "answered wrongly"] += 1
+                    closes = b"connection: close" in reply
+                    await asyncio.sleep(0.005)
+            except (OSError, asyncio.IncompleteReadError) as error:
+                tally[type(error).__name__] += 1
+    return tally
+
+
+async def test_ten_rolling_restarts_lose_no_connection(start: Start, engine: str) -> None:
+    """Nor a request of clients that keep their connections."""
+    it = route(start, engine)
+    took = []
+
+    def restarts() -> None:
+        for _ in range(10):
+            began = time.monotonic()
+            it.roll()
+            took.append(time.monotonic() - began)
+
+    new, *kept = await during(
+        restarts,
+        lambda ended: connections(it.port, CHAT, ANSWER, 500, ended),
+        *[lambda ended: one_client(it.port, ended)] * 4,
+    )
+    print(f"new connections {dict(new)}, kept {sum(kept, Counter())}, restarts {took}")
+    assert new.keys() == {"answered"}
+    assert new["answered"] > 500 * 0.8 * sum(took)
+    assert sum(kept, Counter()).keys() == {"answered", "connections"}
+    assert [member.admin_port for member in it.members] == [it.admin_port, it.admin_port + 1]
+    assert [len(member.listeners) for member in it.members] == [1, 1]
+
+
+def test_connections_are_spread_evenly(start: Start, engine: str) -> None:
+    it = route(start, engine)
+    with contextlib.ExitStack() as opened:
+        for _ in range(200):
+            opened.enter_context(socket.create_connection(("127.0.0.1", it.port)))
+        counts = eventually(lambda: sum(found := connections_of(it)) == 200 and found)
+    # Each goes to either with the same chance: 60 of 200 or fewer are 6 standard deviations off.
+    assert min(counts) > 60
+
+
+def connections_of(it: Route) -> list[int]:
+    return [process["connections"] for process in status(it)["fleet"]["processes"]]
+
+
+def status(it: Route) -> dict[str, Any]:
+    """What `herd status --json` tells."""
+    argv = [*HERD, "status", "--port", str(it.port), "--json"]
+    return dict(json.loads(subprocess.run(argv, check=True, capture_output=True, cwd=ROOT).stdout))
+
+
+def test_status_lists_every_process(start: Start, engine: str) -> None:
+    it = route(start, engine, count=3)
+    told = status(it)
+    assert [(p["rank"], p["pid"], p["admin_port"]) for p in told["fleet"]["processes"]] == [
+        (rank, pid, it.admin_port + rank) for rank, pid in enumerate(it.pids)
+    ]
+    assert get(f"http://127.0.0.1:{it.admin_port + 2}/routers").json() == [
+        {"targets": [f"127.0.0.1:{it.admin_port + rank}" for rank in range(3)], "labels": {}}
+    ]
+    text = subprocess.run([*HERD, "status", "--port", str(it.port)], capture_output=True, text=True, cwd=ROOT)
+    for rank, pid in enumerate(it.pids):
+        assert re.search(rf"^{rank} +{pid} +{it.admin_port + rank} +0 ", text.stdout, re.MULTILINE)
+
+
+def test_a_killed_process_is_replaced_while_the_other_serves(start: Start, engine: str) -> None:
+    it = route(start, engine)
+    victim, survivor = it.pids
+    os.kill(victim, signal.SIGKILL)
+    # A connection of the moment between its death and the end of its sockets is lost.
+    eventually(lambda: len(listener.listening("127.0.0.1", it.port)) == 1)
+    assert asyncio.run(one_connection(it.port, CHAT, ANSWER)) == "answered"
+    after = eventually(lambda: len(it.members) == 2 and it.members, REPLACED_S)
+    assert [member.rank for member in after] == [0, 1]
+    assert after[1].process.pid == survivor
+    assert "ended with status -9" in it.parent.output
+
+
+def test_a_process_whose_loop_is_stuck_is_replaced(start: Start, engine: str, tmp_path: Path) -> None:
+    holder = Holder(tmp_path)
+    it = route(start, engine, env=holder.env)
+    victim, survivor = it.pids
+    holder.hold(survivor)  # the second by rank
+    after = eventually(
+        lambda: len(it.pids) == 2 and survivor not in it.pids and it.pids, STUCK_S + REPLACED_S
+    )
+    assert after[0] == victim
+    assert "Timeout (0:00:10)!" in it.parent.output
+    assert asyncio.run(one_connection(it.port, CHAT, ANSWER)) == "answered"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_all(start: Start, engine: str, number: int) -> None:
+    it = route(start, engine)
+    pids = it.pids
+    os.kill(it.parent.process.pid, number)
+    assert it.parent.process.wait(WAIT_S) == 0
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    assert Port(it.port).members() == []
+
+
+def test_processes_end_with_their_parent(start: Start, engine: str) -> None:
+    it = route(start, engine)
+    members = it.members
+    it.parent.process.kill()
+    eventually(lambda: not any(member.process.alive for member in members))
+
+
+def test_a_port_that_another_has_is_refused_in_one_sentence(start: Start, engine: str) -> None:
+    it = route(start, engine)
+    for count in ("1", "2"):
+        argv = [*HERD, "route", "--host", "127.0.0.1", "--port", str(it.port), "--processes", count]
+        again = subprocess.run([*argv, "--worker-urls", engine], capture_output=True, text=True, cwd=ROOT)
+        assert again.returncode == 1
+        assert again.stderr.startswith(f"Error: port {it.port} is taken: another fleet has it (herd route ")
+        assert len(again.stderr.splitlines()) == 1
+    with listener.listen("127.0.0.1", 0, shared=True) as theirs:
+        port = theirs.getsockname()[1]
+        argv = [*HERD, "route", "--host", "127.0.0.1", "--port", str(port), "--processes", "2"]
+        other = subprocess.run([*argv, "--worker-urls", engine], capture_output=True, text=True, cwd=ROOT)
+        assert other.returncode == 1
+        assert re.fullmatch(
+            rf"Error: port {port} is taken: .+ \(process {os.getpid()}\) listens on it\n", other.stderr
+        )
+
+
+def test_port_zero_is_one_port_for_all(start: Start, engine: str) -> None:
+    ports = ("--host", "127.0.0.1", "--port", "0", "--admin-port", "0", "--processes", "2")
+    parent = start(*HERD, "route", *ports, "--worker-urls", engine)
+    line = eventually(lambda: parent.output.strip(), REPLACED_S)
+    told = re.fullmatch(
+        r"Routing to 1 engines on port (\d+) in 2 processes; metrics and state: (\d+), (\d+)\.", line
+    )
+    assert told is not None, line
+    assert [member.admin_port for member in Port(int(told[1])).members()] == [int(told[2]), int(told[3])]
+
+
+def test_wrong_settings_are_told_once(start: Start) -> None:
+    wrong = start(*HERD, "route", "--processes", "3", "--worker-urls", "localhost:8000")
+    assert wrong.process.wait(REPLACED_S) == 1
+    assert wrong.output == "Error: --worker-urls: 'localhost:8000' is not of the form http://HOST:PORT\n"
