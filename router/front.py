@@ -42,7 +42,7 @@ class FrontDoor:
             self.fleet, policy, self.metrics, self._watch, self._upstreams, promised, config.aliases
         )
         admin = Admin(self.fleet, self.metrics, config.policy, promised)
-        self._front = Server(self._relay, refusal, config.limits)
+        self._front = Server(self._relay, refusal, config.limits, config.cors)
         self._admin = Server(admin, refusal, config.limits)
         self.metrics.connections.set_function(lambda: len(self._front.connections))
 
