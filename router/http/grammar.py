@@ -20,6 +20,7 @@ REQUEST_LINE = re.compile(rb"%b ([^ ]++) HTTP/([0-9])\.[0-9]" % TOKEN)
 # What no head holds: control characters and lone halves of line breaks (the last byte may become a whole).
 FORBIDDEN = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?=[^\n])|(?<!\r)\n")
 BLANK_LINES = re.compile(rb"(?:\r\n)*+")
-HOST = re.compile(rb"[0-9A-Za-z\-._~%!$&'()*+,;=:\[\]]*+")
-# Authority, path and query of a target that names the scheme.
-ABSOLUTE_FORM = re.compile(r"https?://([^/?#@]++)(/[^?#]*+)?(\?[^#]*+)?", re.IGNORECASE)
+_HOST = r"[0-9A-Za-z\-._~%!$&'()*+,;=:\[\]]"
+HOST = re.compile(rb"%b*+" % _HOST.encode())
+# Path and query of a target that names scheme and host.
+ABSOLUTE_FORM = re.compile(rf"https?://{_HOST}++(/[^?#]*+)?(\?[^#]*+)?", re.IGNORECASE)

@@ -216,7 +216,7 @@ def _origin_form(method: bytes, target: str) -> str:
     match = grammar.ABSOLUTE_FORM.fullmatch(target)
     if match is None:
         raise BadRequest("The request target is neither a path nor a URL")
-    return (match[2] or "/") + (match[3] or "")
+    return (match[1] or "/") + (match[2] or "")
 
 
 def _check_host(host: bytes | None, old: bool) -> None:

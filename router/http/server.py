@@ -161,13 +161,14 @@ class Connection(asyncio.Protocol):
 
     __slots__ = (
         "_began_at", "_reader", "_refusal", "_refused_at", "_reply", "_server", "_stuck_since", "_task",
-        "_transport", "_unsent", "clogged",
+        "_transport", "_unsent", "clogged", "write",
     )  # fmt: skip
 
     def __init__(self, server: Server) -> None:
         self._server = server
         self._reader = RequestReader(server.limits)
         self._transport: asyncio.Transport
+        self.write: Callable[[bytes], None]  # bytes of the reply under way
         self._began_at: float | None = None  # when the request that is arriving did
         self._reply: Reply | None = None
         self._task: asyncio.Task[None] | None = None
@@ -238,7 +239,7 @@ class Connection(asyncio.Protocol):
             self._began_at = self._server.loop.time()
         if self._reader.must_continue:
             self._reader.must_continue = False
-            self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _granted(self, request: Request) -> Headers:
         """What every reply to a page of another origin carries."""
@@ -288,7 +289,7 @@ class Connection(asyncio.Protocol):
         head = _STATUS_LINES[error.status]
         head += b"content-type: application/json\r\ncontent-length: %d\r\n" % len(body)
         head += b"connection: close\r\n\r\n"
-        self._transport.write(head + body)
+        self.write(head + body)
         self._transport.write_eof()
         self._refused_at = self._server.loop.time()
 

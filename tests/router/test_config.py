@@ -44,6 +44,14 @@ def test_a_model_may_have_other_names():
         ),
         ({"models": [MODEL], "router": {"aliases": {"a": ""}}}, "router.aliases.a: String should have"),
         ({"models": [MODEL], "router": {"limits": {"idle_s": 0}}}, "router.limits.idle_s: "),
+        (
+            {"models": [MODEL], "router": {"cors": {"allowed_origins": ["*"], "allow_credentials": True}}},
+            "router.cors: allow_credentials: name the allowed_origins",
+        ),
+        (
+            {"models": [MODEL], "router": {"cors": {"allowed_headers": ["a b"]}}},
+            "router.cors.allowed_headers.0: ",
+        ),
         ({"models": [MODEL], "rooter": {}}, "rooter: Extra inputs are not permitted"),
     ],
 )

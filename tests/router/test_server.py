@@ -247,6 +247,81 @@ async def test_two_hundred_small_headers_pass():
         assert (await c.reply())[0] == 200
 
 
+async def test_100_continue_waits_for_its_turn():
+    go_on = asyncio.Event()
+
+    async def waits(request: Request, reply: Reply) -> None:
+        await go_on.wait()
+        await echo(request, reply)
+
+    async with serving(waits) as (server, port), client(port) as c:
+        second = post("/q", b"body", "expect: 100-continue").removesuffix(b"body")
+        await c.send(post("/p", b"") + second)
+        await until(lambda: any(connection._reader.held for connection in server.connections))
+        go_on.set()
+        assert (await c.reply())[2] == b"POST /p "
+        assert await c.head() == (100, {})
+        await c.send(b"body")
+        assert (await c.reply())[2] == b"POST /q body"
+
+
+async def test_a_client_that_takes_no_replies_gets_no_more_of_them():
+    served = []
+
+    async def large(request: Request, reply: Reply) -> None:
+        served.append(request)
+        reply.send(200, [], b"x" * 32 * HIGH_WATER_BYTES)
+
+    async with serving(large) as (server, port), client(port) as c:
+        await c.send(post("/p", b"") * 10)
+        await until(lambda: any(connection.clogged for connection in server.connections))
+        assert len(served) < 10
+        for _ in range(10):
+            assert (await c.reply())[0] == 200
+
+
+async def test_who_is_refused_while_it_sends_is_told_why():
+    """The socket is not closed against its bytes: the answer would be lost with them."""
+    refused = post("/p", b"").replace(b"content-length: 0", b"content-length: 10000000")
+    async with serving(echo, LIMITS) as (server, port), client(port) as c:
+        await c.send(refused)
+        await until(lambda: any(connection._refusal for connection in server.connections))
+        for _ in range(10):
+            await c.send(b"x" * 1_000_000)
+        assert (await c.reply())[0] == 413
+        assert await c.at_end()
+        await until(lambda: not server.connections)  # it does not listen for ever
+
+
+async def test_a_slow_line_gets_its_time_and_a_trickle_does_not():
+    limits = Limits(receive_s=10, receive_rate=1000)
+    server = Server(echo, error_body, limits)
+    port = await server.start("127.0.0.1", 0)
+    async with client(port) as slow, client(port) as trickle:
+        await slow.send(post("/p", b"x" * 40_000)[:-10_000])
+        await trickle.send(post("/p", b"x" * 40_000)[:-39_000])
+        await until(lambda: sorted(c._reader.held for c in server.connections) == [1000, 30_000])
+        began = max(connection._began_at for connection in server.connections)
+        for connection in list(server.connections):
+            connection.sweep(began + 12)
+        assert (await trickle.reply())[0] == 408
+        await slow.send(b"x" * 10_000)
+        assert (await slow.reply())[0] == 200
+        await server.stop(0)
+
+
+async def test_thousands_at_rest_are_not_looked_at():
+    async with serving(echo, Limits(idle_s=1000)) as (server, port), client(port) as c, client(port):
+        await c.send(post("/p", b""))
+        await c.reply()
+        await until(lambda: len(server.resting) == len(server.connections) == 2)
+        await c.send(b"GET ")
+        await until(lambda: len(server.resting) == 1)
+        await c.send(b"/p HTTP/1.1\r\nhost: h\r\n\r\n")
+        assert (await c.reply())[0] == 200
+        await until(lambda: len(server.resting) == 2)
+
+
 async def test_a_request_that_does_not_arrive_is_timed_out():
     async with serving(echo, Limits(receive_s=0.1)) as (_, port), client(port) as c:
         await c.send(post("/p", b"body")[:-1])
