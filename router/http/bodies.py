@@ -21,7 +21,7 @@ _SIZE_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})([ \t]*;%b*+)?" % grammar.TEXT)
 class Body(Protocol):
     """Reads one body. `content` grows, and is whole once `done`."""
 
-    content: bytes | bytearray
+    content: bytearray
     done: bool
 
     def feed(self, data: bytes) -> bytes:
@@ -29,22 +29,18 @@ class Body(Protocol):
 
 
 class Sized:
-    """A body of `content-length` bytes."""
+    """A body of `length` bytes, one at least."""
 
     def __init__(self, length: int) -> None:
-        self.content: bytes | bytearray = b""
+        self.content = bytearray()
         self.done = False
         self._missing = length
 
     def feed(self, data: bytes) -> bytes:
-        part, rest = data[: self._missing], data[self._missing :]
-        self._missing -= len(part)
+        self.content += data[: self._missing]
+        rest = data[self._missing :]
+        self._missing -= len(data) - len(rest)
         self.done = not self._missing
-        if self.done and not self.content:
-            self.content = part  # all in one piece, as most are
-        else:
-            self.content = self.content or bytearray()
-            self.content += part
         return rest
 
 
@@ -52,7 +48,7 @@ class Chunked:
     """A body in chunks. Extensions and trailers are read and dropped, `spare` bytes of them at most."""
 
     def __init__(self, limit: int, spare: int) -> None:
-        self.content: bytes | bytearray = bytearray()
+        self.content = bytearray()
         self.done = False
         self._limit = limit
         self._spare = spare

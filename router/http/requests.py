@@ -117,10 +117,9 @@ class RequestReader:
         if match is None:
             raise _fault(held[:end])
         self._held, self._seen = held[end:], 0
-        method, target, minor, lines = match.groups()
-        pairs = [line.partition(b":") for line in lines.split(b"\r\n")[:-1]]
-        headers = [(name.lower(), value.strip()) for name, _, value in pairs]
-        return self._open(method, target, minor, headers)
+        request = self._open(*match.groups())
+        self._begin_body(request)
+        return request
 
     def _skip_blank_lines(self) -> None:
         """RFC 9112, section 2.2: some clients end a body with one."""
@@ -138,8 +137,10 @@ class RequestReader:
                 raise TargetTooLong(f"The request line is over the limit of {MAX_TARGET_BYTES} bytes")
             raise HeadTooLarge(f"The headers are over the limit of {limit} bytes")
 
-    def _open(self, method: bytes, target: bytes, minor: bytes, headers: Headers) -> Request:
-        """The request under this head; its body, where it has one, is still to come."""
+    def _open(self, method: bytes, target: bytes, minor: bytes, lines: bytes) -> Request:
+        """The request that has this head."""
+        pairs = [line.partition(b":") for line in lines.split(b"\r\n")[:-1]]
+        headers = [(name.lower(), value.strip()) for name, _, value in pairs]
         if len(headers) > self._limits.headers:
             raise HeadTooLarge(f"More than {self._limits.headers} headers")
         if len(target) > MAX_TARGET_BYTES:
@@ -151,13 +152,6 @@ class RequestReader:
         self.path = origin_form.partition("?")[0]
         old = minor == b"0"
         _check_host(fields.get(b"host"), old)
-        self._body = self._body_under(fields, old)
-        self.must_continue = (
-            self._body is not None
-            and not self._held
-            and not old
-            and fields.get(b"expect", b"").lower() == b"100-continue"
-        )
         return Request(
             method.decode("ascii"),
             origin_form,
@@ -168,19 +162,28 @@ class RequestReader:
             _keeps(headers, old) if b"connection" in fields else not old,
         )
 
-    def _body_under(self, fields: dict[bytes, bytes], old: bool) -> Body | None:
-        """How the body is delimited; None if there is none."""
-        coding, length = fields.get(b"transfer-encoding"), fields.get(b"content-length")
-        if coding is not None:
-            _check_coding(coding, length, old)
-            return Chunked(self._limits.body_bytes, self._limits.head_bytes)
-        if length is None:
-            return None
+    def _begin_body(self, request: Request) -> None:
+        """Gives the request its body, if that is there, or awaits it."""
+        length = request.fields.get(b"content-length")
+        if b"transfer-encoding" in request.fields:
+            _check_coding(request)
+            self._body = Chunked(self._limits.body_bytes, self._limits.head_bytes)
+        elif length is not None:
+            size = self._size(length)
+            if len(self._held) < size:
+                self._body = Sized(size)
+            else:
+                request.body, self._held = self._held[:size], self._held[size:]
+        if self._body is not None and not self._held and request.version != "1.0":
+            self.must_continue = request.fields.get(b"expect", b"").lower() == b"100-continue"
+
+    def _size(self, length: bytes) -> int:
+        """The number in a content-length."""
         if not length.isdigit():
             raise BadRequest("The content-length is not a number")
         if len(length) > _MAX_DIGITS or int(length) > self._limits.body_bytes:
             raise too_large(self._limits.body_bytes)
-        return Sized(int(length)) if int(length) else None
+        return int(length)
 
 
 def _fault(head: bytes) -> BadRequest:
@@ -228,13 +231,13 @@ def _check_host(host: bytes | None, old: bool) -> None:
         raise BadRequest("The header host is not a host")
 
 
-def _check_coding(coding: bytes, length: bytes | None, old: bool) -> None:
+def _check_coding(request: Request) -> None:
     """RFC 9112, section 6.1."""
-    if old:
+    if request.version == "1.0":
         raise BadRequest("HTTP/1.0 has no transfer-encoding")
-    if length is not None:
+    if b"content-length" in request.fields:
         raise BadRequest("Both content-length and transfer-encoding are given")
-    if coding.lower() != b"chunked":
+    if request.fields[b"transfer-encoding"].lower() != b"chunked":
         raise BadRequest("The only transfer-encoding taken is chunked")
 
 

@@ -39,7 +39,7 @@ SWEEP_S = 1.0  # how often idle and slow connections are looked for
 # A client that was refused while it sends is listened to for so long: what it has not read yet would be lost
 # if its bytes met a closed socket (RFC 9112, section 9.6).
 LINGER_S = 2.0
-_STATUS_LINES = {s.value: f"HTTP/1.1 {s.value} {s.phrase}\r\n".encode() for s in HTTPStatus}
+_STATUS_LINES = {s.value: f"HTTP/1.1 {s.value} {s.phrase}".encode() for s in HTTPStatus}
 
 
 class Flow(Protocol):
@@ -74,26 +74,24 @@ class Reply:
     def start(self, status: int, headers: Iterable[tuple[bytes, bytes]], length: int | None = None) -> None:
         """The status and headers; a body of unknown length is chunked, or ends with the connection (1.0)."""
         self.status, self._chunked = status, False
-        parts = [_STATUS_LINES.get(status) or b"HTTP/1.1 %d Unknown\r\n" % status]
-        for name, value in headers:
-            parts += (name, b": ", value, b"\r\n")
-        for name, value in self._granted:
-            parts += (name, b": ", value, b"\r\n")
+        lines = [_STATUS_LINES.get(status) or b"HTTP/1.1 %d Unknown" % status]
+        lines += [b": ".join(header) for header in headers]
+        lines += [b": ".join(header) for header in self._granted]
         if status in (204, 304):
             self._no_body = True
         elif length is not None:
-            parts.append(b"content-length: %d\r\n" % length)
+            lines.append(b"content-length: %d" % length)
         elif self._old:
             self._keep_alive = False
         else:
             self._chunked = True
-            parts.append(b"transfer-encoding: chunked\r\n")
+            lines.append(b"transfer-encoding: chunked")
         if not self._keep_alive:
-            parts.append(b"connection: close\r\n")
+            lines.append(b"connection: close")
         elif self._old:
-            parts.append(b"connection: keep-alive\r\n")
-        parts.append(b"\r\n")
-        self._head = b"".join(parts)
+            lines.append(b"connection: keep-alive")
+        lines.append(b"\r\n")
+        self._head = b"\r\n".join(lines)
 
     def write(self, data: bytes) -> None:
         """Some bytes of the body."""
@@ -286,10 +284,8 @@ class Connection(asyncio.Protocol):
         if self._refused_at is not None:
             return
         body = self._server.error_body(error, self._reader.path)
-        head = _STATUS_LINES[error.status]
-        head += b"content-type: application/json\r\ncontent-length: %d\r\n" % len(body)
-        head += b"connection: close\r\n\r\n"
-        self.write(head + body)
+        told = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close" % len(body)
+        self.write(b"%b\r\n%b\r\n\r\n%b" % (_STATUS_LINES[error.status], told, body))
         self._transport.write_eof()
         self._refused_at = self._server.loop.time()
 
