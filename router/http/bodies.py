@@ -7,6 +7,7 @@ length differently smuggles a request past one of the two.
 from __future__ import annotations
 
 import re
+from io import BytesIO
 from typing import Protocol
 
 from router.errors import BadRequest, HeadTooLarge, TooLarge
@@ -19,9 +20,9 @@ _SIZE_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})([ \t]*;%b*+)?" % grammar.TEXT)
 
 
 class Body(Protocol):
-    """Reads one body. `content` grows, and is whole once `done`."""
+    """Reads one body. `content` grows, and is whole once `done`; its `getvalue` is the body, not a copy."""
 
-    content: bytearray
+    content: BytesIO
     done: bool
 
     def feed(self, data: bytes) -> bytes:
@@ -32,23 +33,22 @@ class Sized:
     """A body of `length` bytes, one at least."""
 
     def __init__(self, length: int) -> None:
-        self.content = bytearray()
+        self.content = BytesIO()
         self.done = False
         self._missing = length
 
     def feed(self, data: bytes) -> bytes:
-        self.content += data[: self._missing]
-        rest = data[self._missing :]
-        self._missing -= len(data) - len(rest)
+        taken = self.content.write(data[: self._missing])
+        self._missing -= taken
         self.done = not self._missing
-        return rest
+        return data[taken:]
 
 
 class Chunked:
     """A body in chunks. Extensions and trailers are read and dropped, `spare` bytes of them at most."""
 
     def __init__(self, limit: int, spare: int) -> None:
-        self.content = bytearray()
+        self.content = BytesIO()
         self.done = False
         self._limit = limit
         self._spare = spare
@@ -69,11 +69,10 @@ class Chunked:
         return data[at:]
 
     def _take(self, data: bytes, at: int) -> int:
-        part = data[at : at + self._missing]
-        self.content += part
-        self._missing -= len(part)
+        taken = self.content.write(data[at : at + self._missing])
+        self._missing -= taken
         self._at_end = not self._missing
-        return at + len(part)
+        return at + taken
 
     def _line_end(self, data: bytes, at: int) -> int | None:
         """Where the line that begins here ends, if that has arrived."""
@@ -106,7 +105,7 @@ class Chunked:
         self._spend(len(match[2] or b""))
         self._missing = int(match[1], 16)
         self._in_trailers = not self._missing
-        if len(self.content) + self._missing > self._limit:
+        if self.content.tell() + self._missing > self._limit:
             raise too_large(self._limit)
 
     def _read_trailer(self, line: bytes) -> None:

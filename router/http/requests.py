@@ -91,14 +91,14 @@ class RequestReader:
         if not self._body.done:
             self._request = request
             return None
-        request.body = bytes(self._body.content)
+        request.body = self._body.content.getvalue()
         self._request = self._body = None
         return request
 
     @property
     def held(self) -> int:
         """Bytes that have arrived and belong to no request that was taken."""
-        return len(self._held) + (len(self._body.content) if self._body is not None else 0)
+        return len(self._held) + (self._body.content.tell() if self._body is not None else 0)
 
     @property
     def between(self) -> bool:
