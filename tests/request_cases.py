@@ -116,6 +116,7 @@ REFUSED = {
     "bare LF at the end": (b"GET /p HTTP/1.1\r\nhost: h\r\n\n", 400),
     "bare CR within a value": (get(b"a: b\rc"), 400),
     "bare CR at the end of a line": (b"GET /p HTTP/1.1\rhost: h\r\n\r\n", 400),
+    "bare CR in headers without an end": (b"GET /p HTTP/1.1\r\nhost: h\ra: b", 400),
     "NUL in a value": (get(b"a: b\0"), 400),
     "DEL in a value": (get(b"a: b\x7f"), 400),
     "a control character in a name": (get(b"a\x01: b"), 400),

@@ -268,14 +268,19 @@ async def test_100_continue_waits_for_its_turn():
 async def test_a_client_that_takes_no_replies_gets_no_more_of_them():
     served = []
 
-    async def large(request: Request, reply: Reply) -> None:
+    async def handler(request: Request, reply: Reply) -> None:
         served.append(request)
-        reply.send(200, [], b"x" * 32 * HIGH_WATER_BYTES)
+        reply.send(200, [], b"x" * (32 * HIGH_WATER_BYTES if request.path == "/large" else 1))
 
-    async with serving(large) as (server, port), client(port) as c:
-        await c.send(post("/p", b"") * 10)
+    async with serving(handler) as (server, port), client(port) as c, client(port) as other:
+        await c.send(post("/large", b"") * 5)
         await until(lambda: any(connection.clogged for connection in server.connections))
-        assert len(served) < 10
+        before = len(served)
+        await c.send(post("/large", b"") * 5)
+        for _ in range(20):  # the loop has had every occasion to serve more
+            await other.send(post("/small", b""))
+            await other.reply()
+        assert len(served) - 20 == before < 5
         for _ in range(10):
             assert (await c.reply())[0] == 200
 
