@@ -300,9 +300,7 @@ async def test_who_is_refused_while_it_sends_is_told_why():
 
 async def test_a_slow_line_gets_its_time_and_a_trickle_does_not():
     limits = Limits(receive_s=10, receive_rate=1000)
-    server = Server(echo, error_body, limits)
-    port = await server.start("127.0.0.1", 0)
-    async with client(port) as slow, client(port) as trickle:
+    async with serving(echo, limits) as (server, port), client(port) as slow, client(port) as trickle:
         await slow.send(post("/p", b"x" * 40_000)[:-10_000])
         await trickle.send(post("/p", b"x" * 40_000)[:-39_000])
         await until(lambda: sorted(c._reader.held for c in server.connections) == [1000, 30_000])
@@ -312,7 +310,6 @@ async def test_a_slow_line_gets_its_time_and_a_trickle_does_not():
         assert (await trickle.reply())[0] == 408
         await slow.send(b"x" * 10_000)
         assert (await slow.reply())[0] == 200
-        await server.stop(0)
 
 
 async def test_thousands_at_rest_are_not_looked_at():
