@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from request_cases import LIMITS, REFUSED, SHORT, TAKEN, get, line, read
 from router_wire import post
 
+from router.errors import BadRequest, TooLarge
 from router.http.requests import Limits, RequestReader
 
 
@@ -110,3 +111,17 @@ def test_what_is_held_is_counted():
     reader.feed(b"xxxx")
     assert reader.next() is not None
     assert (reader.held, reader.between) == (0, True)
+
+
+def test_a_refusal_knows_the_path_once_that_is_read():
+    reader = RequestReader(LIMITS)
+    reader.feed(line(b"POST http://h/v1/messages?q HTTP/1.1", b"content-length: 101"))
+    with pytest.raises(TooLarge):
+        reader.next()
+    assert reader.path == "/v1/messages"
+    reader = RequestReader(LIMITS)
+    reader.feed(get() + b"nonsense\r\n\r\n")
+    assert reader.next() is not None and reader.path == "/p"
+    with pytest.raises(BadRequest):
+        reader.next()
+    assert reader.path == ""

@@ -5,7 +5,7 @@ from router_wire import client, post, serving, until
 
 from router.errors import ListenError
 from router.http.server import HIGH_WATER_BYTES, MAX_WAITING_BYTES, Limits, Reply, Request, Server
-from router.openai_api import error_body
+from router.openai_api import refusal
 
 CHUNKED = b"POST /p HTTP/1.1\r\nhost: h\r\ntransfer-encoding: chunked\r\n\r\n"
 
@@ -395,7 +395,7 @@ async def test_stop_lets_a_reply_end_and_takes_no_more():
         await go_on.wait()
         reply.send(200, [], b"whole")
 
-    server = Server(waits, error_body, Limits())
+    server = Server(waits, refusal, Limits())
     port = await server.start("127.0.0.1", 0)
     async with client(port) as busy, client(port) as idle:
         await busy.send(post("/p", b""))
@@ -415,7 +415,7 @@ async def test_stop_sends_what_is_unsent():
     async def large(request: Request, reply: Reply) -> None:
         reply.send(200, [], b"x" * size)
 
-    server = Server(large, error_body, Limits())
+    server = Server(large, refusal, Limits())
     port = await server.start("127.0.0.1", 0)
     async with client(port) as c:
         await c.send(post("/p", b""))
@@ -433,7 +433,7 @@ async def test_a_reply_under_way_is_the_last_of_a_server_that_stops():
         await go_on.wait()
         await echo(request, reply)
 
-    server = Server(waits, error_body, Limits())
+    server = Server(waits, refusal, Limits())
     port = await server.start("127.0.0.1", 0)
     async with client(port) as c:
         await c.send(post("/p", b"first") + post("/p", b"second"))
@@ -461,7 +461,7 @@ async def test_stop_cuts_what_outlasts_the_grace():
     async def forever(request: Request, reply: Reply) -> None:
         await asyncio.Event().wait()
 
-    server = Server(forever, error_body, Limits())
+    server = Server(forever, refusal, Limits())
     port = await server.start("127.0.0.1", 0)
     async with client(port) as c:
         await c.send(post("/p", b""))
@@ -473,4 +473,4 @@ async def test_stop_cuts_what_outlasts_the_grace():
 async def test_a_port_in_use_is_one_sentence():
     async with serving(echo) as (_, port):
         with pytest.raises(ListenError, match=f"cannot listen on 127.0.0.1:{port}: Address already in use"):
-            await Server(echo, error_body, Limits()).start("127.0.0.1", port)
+            await Server(echo, refusal, Limits()).start("127.0.0.1", port)
