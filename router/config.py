@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from router.core.placement import POLICIES
 from router.errors import ConfigError
-from router.http.server import Limits
+from router.http.cors import Cors
+from router.http.requests import Limits
 from workers.engine import EngineSpec
 
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -38,6 +39,7 @@ class RouterConfig(BaseModel):
     policy: str = "least_requests"
     aliases: dict[Name, Name] = {}
     limits: Limits = Limits()
+    cors: Cors = Cors()
 
     @field_validator("policy")
     @classmethod

@@ -15,6 +15,7 @@ HerdError
     MethodNotAllowed       405
     ClientTimeout          408
     TooLarge               413
+    TargetTooLong          414
     HeadTooLarge           431
     UpstreamBroken         502
     NoCapacity             503
@@ -121,6 +122,14 @@ class TooLarge(ApiError):
     status = 413
     type = "invalid_request_error"
     code = "request_too_large"
+
+
+class TargetTooLong(ApiError):
+    """The request line is over the limit."""
+
+    status = 414
+    type = "invalid_request_error"
+    code = "uri_too_long"
 
 
 class HeadTooLarge(ApiError):

@@ -56,7 +56,7 @@ class FrontDoor:
         self._relay = Relay(
             self.fleet, policy, self.metrics, self._watch, self._upstreams, promised, config.aliases
         )
-        self._front = Server(self._relay, refusal, config.limits)
+        self._front = Server(self._relay, refusal, config.limits, config.cors)
         self._place = Place(config.host, config.port, fleet or f"process {os.getpid()}", self._front)
         admin = Admin(self.fleet, self.metrics, config.policy, promised, self._front, self._place)
         self._admin = Server(admin, refusal, config.limits)

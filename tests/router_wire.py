@@ -10,7 +10,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from router.core.fleet import Fleet, Replica
 from router.core.placement import least_requests
 from router.health import Watch
-from router.http.server import Handler, Limits, Server
+from router.http.cors import Cors
+from router.http.requests import Limits
+from router.http.server import Handler, Server
 from router.http.upstream import Upstreams
 from router.metrics import Metrics
 from router.openai_api import Aliases, refusal
@@ -128,8 +130,10 @@ async def engine(script: Script) -> AsyncIterator[tuple[Engine, str]]:
 
 
 @contextlib.asynccontextmanager
-async def serving(handler: Handler, limits: Limits | None = None) -> AsyncIterator[tuple[Server, int]]:
-    server = Server(handler, refusal, limits or Limits())
+async def serving(
+    handler: Handler, limits: Limits | None = None, cors: Cors | None = None
+) -> AsyncIterator[tuple[Server, int]]:
+    server = Server(handler, refusal, limits or Limits(), cors)
     port = await server.start("127.0.0.1", 0)
     try:
         yield server, port

@@ -11,7 +11,15 @@ _HOP_BY_HOP = frozenset(
 )
 # Written by the router itself. The engine must not compress what is to be read along.
 _NOT_TO_ENGINES = _HOP_BY_HOP | frozenset(b"host content-length expect accept-encoding x-request-id".split())
-_NOT_TO_CLIENTS = _HOP_BY_HOP | frozenset(b"content-length x-request-id".split())
+# Which pages of which origin may read a reply is for the router to say (`cors`), not for what is behind it.
+_CORS = frozenset(
+    b"access-control-" + name
+    for name in (
+        b"allow-origin allow-credentials allow-methods allow-headers allow-private-network "
+        b"expose-headers max-age"
+    ).split()
+)
+_NOT_TO_CLIENTS = _HOP_BY_HOP | _CORS | frozenset(b"content-length x-request-id".split())
 
 
 def to_engine(headers: Headers) -> Headers:

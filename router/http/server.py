@@ -1,8 +1,9 @@
 """Client connections: HTTP/1.1 requests in, replies out, on raw asyncio Protocols.
 
 A request is handled as one coroutine; a reply's chunks are written by callbacks, so a streamed chunk costs
-no task switch. Requests on one connection are answered in order. When the client leaves, the coroutine is
-cancelled: that is how a disconnect reaches the engine.
+no task switch. Requests on one connection are read and answered in order, each once the one before it is
+answered and its reply taken. When the client leaves, the coroutine is cancelled: that is how a disconnect
+reaches the engine.
 """
 
 from __future__ import annotations
@@ -11,64 +12,35 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Annotated, Protocol, cast
+from itertools import takewhile
+from typing import Protocol, cast
 
-import httptools
-from pydantic import BaseModel, ConfigDict, Field
-
-from router.errors import ApiError, BadRequest, ClientTimeout, HeadTooLarge, TooLarge
-from router.http.headers import Headers, first
+from router.errors import ApiError, BadRequest, ClientTimeout
+from router.http.cors import METHODS, Cors
+from router.http.headers import Headers
 from router.http.listener import BACKLOG, listen
+from router.http.requests import Limits, Request, RequestReader
+
+__all__ = ["Connection", "Handler", "Limits", "Reply", "Request", "Server"]
 
 log = logging.getLogger(__name__)
 
-Handler = Callable[["Request", "Reply"], Awaitable[None]]
+Handler = Callable[[Request, "Reply"], Awaitable[None]]
 # Writes the body of an error that the HTTP layer itself found: (error, path if known) -> JSON bytes.
 ErrorBody = Callable[[ApiError, str], bytes]
 
-# Requests that may wait on one connection. Reading must go on beyond it, or a client's leaving is not seen.
-MAX_PIPELINED = 32
+# What may wait on one connection behind the request being answered. Reading must go on meanwhile, or a
+# client's leaving is not seen.
+MAX_WAITING_BYTES = 1024 * 1024
 # What is kept unsent for a slow client before its engine is no longer read from.
 HIGH_WATER_BYTES = 128 * 1024
 SWEEP_S = 1.0  # how often idle and slow connections are looked for
-_REASONS = {status.value: status.phrase.encode() for status in HTTPStatus}
-
-
-class Limits(BaseModel):
-    """What a client may send, and how slowly. Bytes and seconds."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    head_bytes: Annotated[int, Field(gt=0)] = 64 * 1024
-    headers: Annotated[int, Field(gt=0)] = 256
-    body_bytes: Annotated[int, Field(gt=0)] = 64 * 1024 * 1024
-    receive_s: Annotated[float, Field(gt=0)] = 60.0
-    idle_s: Annotated[float, Field(gt=0)] = 120.0
-
-
-@dataclass(slots=True)
-class Request:
-    """One whole request. Header names are in lower case; `target` is as the client sent it."""
-
-    method: str
-    target: str
-    headers: Headers
-    body: bytes
-    keep_alive: bool
-    version: str
-    received_at: float
-
-    @property
-    def path(self) -> str:
-        return self.target.partition("?")[0]
-
-    def header(self, name: bytes) -> bytes | None:
-        """The first header of this (lower-case) name."""
-        return first(self.headers, name)
+# A client that was refused while it sends is listened to for so long: what it has not read yet would be lost
+# if its bytes met a closed socket (RFC 9112, section 9.6).
+LINGER_S = 2.0
+_STATUS_LINES = {s.value: f"HTTP/1.1 {s.value} {s.phrase}".encode() for s in HTTPStatus}
 
 
 class Flow(Protocol):
@@ -82,8 +54,14 @@ class Flow(Protocol):
 class Reply:
     """The answer to one request. The head goes out with the first bytes of the body."""
 
-    def __init__(self, connection: Connection, request: Request) -> None:
+    __slots__ = (
+        "_chunked", "_connection", "_granted", "_head", "_keep_alive", "_no_body", "_old",
+        "ended", "source", "started", "status",
+    )  # fmt: skip
+
+    def __init__(self, connection: Connection, request: Request, granted: Headers) -> None:
         self._connection = connection
+        self._granted = granted  # headers of every reply to this request
         self._no_body = request.method == "HEAD"
         self._keep_alive = request.keep_alive
         self._old = request.version == "1.0"
@@ -97,23 +75,24 @@ class Reply:
     def start(self, status: int, headers: Iterable[tuple[bytes, bytes]], length: int | None = None) -> None:
         """The status and headers; a body of unknown length is chunked, or ends with the connection (1.0)."""
         self.status, self._chunked = status, False
-        lines = [b"HTTP/1.1 %d %b\r\n" % (status, _REASONS.get(status, b"Unknown"))]
-        lines += [b"%b: %b\r\n" % pair for pair in headers]
+        lines = [_STATUS_LINES.get(status) or b"HTTP/1.1 %d Unknown" % status]
+        lines += [b": ".join(header) for header in headers]
+        lines += [b": ".join(header) for header in self._granted]
         if status in (204, 304):
             self._no_body = True
         elif length is not None:
-            lines.append(b"content-length: %d\r\n" % length)
+            lines.append(b"content-length: %d" % length)
         elif self._old:
             self._keep_alive = False
         else:
             self._chunked = True
-            lines.append(b"transfer-encoding: chunked\r\n")
+            lines.append(b"transfer-encoding: chunked")
         if not self._keep_alive:
-            lines.append(b"connection: close\r\n")
+            lines.append(b"connection: close")
         elif self._old:
-            lines.append(b"connection: keep-alive\r\n")
+            lines.append(b"connection: keep-alive")
         lines.append(b"\r\n")
-        self._head = b"".join(lines)
+        self._head = b"\r\n".join(lines)
 
     def write(self, data: bytes) -> None:
         """Some bytes of the body."""
@@ -146,11 +125,11 @@ class Reply:
         """The source has given all it had."""
         self.source = None
 
-    def send(self, status: int, headers: Headers, body: bytes) -> None:
+    def send(self, status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> None:
         """A whole reply at once."""
         self.start(status, headers, len(body))
-        self.write(body)
-        self.end()
+        self._write(b"" if self._no_body else body)
+        self.ended = True
 
     def abort(self) -> None:
         """Cut the connection, so that what was sent cannot be taken for the whole."""
@@ -174,26 +153,27 @@ class Reply:
 
 
 class Connection(asyncio.Protocol):
-    """One client connection: parses requests, runs the handler on each in turn."""
+    """One client connection: takes its requests in turn and runs the handler on each.
+
+    It rests, or a request is arriving, or one is being answered, or one was refused and ends it.
+    """
+
+    __slots__ = (
+        "_began_at", "_reader", "_refusal", "_refused_at", "_reply", "_server", "_stuck_since", "_task",
+        "_transport", "_unsent", "clogged", "write",
+    )  # fmt: skip
 
     def __init__(self, server: Server) -> None:
         self._server = server
-        self._loop = server.loop
-        self._parser = httptools.HttpRequestParser(self)
-        self._waiting: deque[Request] = deque()
+        self._reader = RequestReader(server.limits)
+        self._transport: asyncio.Transport
+        self.write: Callable[[bytes], None]  # bytes of the reply under way
+        self._began_at: float | None = None  # when the request that is arriving did
         self._reply: Reply | None = None
         self._task: asyncio.Task[None] | None = None
-        self._refusal: ApiError | None = None
-        self._deaf = False  # nothing more is read from this client
+        self._refusal: ApiError | None = None  # nothing more is read from this client
+        self._refused_at: float | None = None
         self.clogged = False  # the client does not take what was written
-        # The request being received, and since when; or since when none is.
-        self._target = b""
-        self._headers: Headers = []
-        self._body = bytearray()
-        self._unspent = 0  # bytes received since the last that was payload
-        self._in_head = False
-        self._began_at: float | None = None
-        self._quiet_since: float | None = self._loop.time()
         # How much is unsent, and since when nothing of it was taken.
         self._unsent = 0
         self._stuck_since = 0.0
@@ -208,18 +188,18 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._server.connections.discard(self)
-        self._waiting.clear()
+        self._server.resting.pop(self, None)
         if self._task is not None:
             self._task.cancel()
 
     def data_received(self, data: bytes) -> None:
-        if self._deaf:
+        if self._refusal is not None:
             return
-        self._unspent += len(data)
-        self._feed(data)
-        # A head, or trailers: the parser keeps what has no end yet.
-        if self._unspent > self._server.limits.head_bytes and not self._deaf:
-            self._refuse(HeadTooLarge("The request's headers are over the limit"))
+        self._reader.feed(data)
+        if self._task is None and not self.clogged:
+            self._advance()
+        elif self._reader.held > MAX_WAITING_BYTES:
+            self._refuse(BadRequest(f"More than {MAX_WAITING_BYTES} bytes of requests wait to be answered"))
 
     def pause_writing(self) -> None:
         self.clogged = True
@@ -230,108 +210,51 @@ class Connection(asyncio.Protocol):
         self.clogged = False
         if self._reply is not None and self._reply.source is not None:
             self._reply.source.resume_reading()
-
-    # -- the parser's callbacks
-
-    def on_message_begin(self) -> None:
-        self._target = b""
-        self._headers = []
-        self._body = bytearray()
-        self._in_head = True
-        self._began_at, self._quiet_since = self._loop.time(), None
-
-    def on_url(self, url: bytes) -> None:
-        self._target += url
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        if not self._in_head:
-            return  # a trailer, which must not pass for a header
-        self._headers.append((name.lower(), value))
-        if len(self._headers) > self._server.limits.headers:
-            raise HeadTooLarge(f"More than {self._server.limits.headers} headers")
-
-    def on_headers_complete(self) -> None:
-        self._in_head = False
-        size = len(self._target) + sum(len(name) + len(value) + 4 for name, value in self._headers)
-        if size > self._server.limits.head_bytes:
-            raise HeadTooLarge("The request's headers are over the limit")
-        self._unspent = 0
-        length = first(self._headers, b"content-length")
-        if length is not None and int(length) > self._server.limits.body_bytes:
-            raise self._too_large()
-        if self._task is None and self._expects_continue():
-            self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-
-    def on_body(self, body: bytes) -> None:
-        self._unspent = 0
-        self._body += body
-        if len(self._body) > self._server.limits.body_bytes:
-            raise self._too_large()
-
-    def on_message_complete(self) -> None:
-        self._unspent, self._began_at = 0, None
-        if self._parser.should_upgrade():
-            return  # read again by _decline_upgrade
-        if len(self._waiting) == MAX_PIPELINED:
-            raise BadRequest(f"More than {MAX_PIPELINED} requests wait on this connection")
-        self._waiting.append(
-            Request(
-                method=self._parser.get_method().decode("ascii"),
-                target=self._target.decode("latin-1"),
-                headers=self._headers,
-                body=bytes(self._body),
-                keep_alive=self._parser.should_keep_alive(),
-                version=self._parser.get_http_version(),
-                received_at=self._loop.time(),
-            )
-        )
-        if self._task is None:
-            self._next()
-
-    def _expects_continue(self) -> bool:
-        expected = first(self._headers, b"expect")
-        new = self._parser.get_http_version() != "1.0"
-        return new and expected is not None and expected.lower() == b"100-continue"
-
-    def _too_large(self) -> TooLarge:
-        return TooLarge(f"The body is over the limit of {self._server.limits.body_bytes} bytes")
-
-    # -- reading
-
-    def _feed(self, data: bytes) -> None:
-        try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade as upgrade:
-            self._decline_upgrade(data[upgrade.args[0] :])
-        except httptools.HttpParserError as error:
-            # llhttp wraps what a callback raised; our own refusals say what is wrong.
-            cause = error.__context__
-            self._refuse(cause if isinstance(cause, ApiError) else BadRequest(f"Malformed HTTP: {error}"))
-
-    def _decline_upgrade(self, rest: bytes) -> None:
-        """Reads the request again as if it had not asked: the parser skips the body of one that does."""
-        method = self._parser.get_method()
-        if method == b"CONNECT":
-            self._refuse(BadRequest("This is no proxy"))
-            return
-        asked = (b"connection", b"upgrade", b"http2-settings")
-        lines = [b"%b %b HTTP/1.1" % (method, self._target)]
-        lines += [b"%b: %b" % header for header in self._headers if header[0] not in asked]
-        self._parser = httptools.HttpRequestParser(self)
-        self._feed(b"\r\n".join(lines) + b"\r\n\r\n" + rest)
+        elif self._task is None and not self._transport.is_closing():
+            self._go_on()
 
     # -- one request after the other
 
-    def _next(self) -> None:
-        request = self._waiting.popleft()
-        self._reply = Reply(self, request)
+    def _advance(self) -> None:
+        """Begins to answer the next request, if it is there whole."""
+        try:
+            request = self._reader.next()
+        except ApiError as error:
+            self._refuse(error)
+            return
+        if request is None:
+            self._await_rest()
+            return
+        self._server.resting.pop(self, None)
+        self._began_at = None
+        request.received_at = self._server.loop.time()
+        self._reply = Reply(self, request, self._granted(request))
         if self._server.closing:
             self._reply.close_after()
-        self._task = self._loop.create_task(self._handle(request, self._reply))
+        self._task = self._server.loop.create_task(self._handle(request, self._reply))
+
+    def _await_rest(self) -> None:
+        """What is there of a request is no whole one, and may be nothing."""
+        if self._began_at is None and not self._reader.between:
+            self._server.resting.pop(self, None)
+            self._began_at = self._server.loop.time()
+        if self._reader.must_continue:
+            self._reader.must_continue = False
+            self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def _granted(self, request: Request) -> Headers:
+        """What every reply to a page of another origin carries."""
+        origin = request.fields.get(b"origin")
+        if origin is None or self._server.cors is None:
+            return []
+        return self._server.cors.headers(request, origin)
 
     async def _handle(self, request: Request, reply: Reply) -> None:
         try:
-            await self._server.handler(request, reply)
+            if request.method == "OPTIONS" and self._server.cors is not None:
+                reply.send(204, [(b"allow", METHODS)], b"")
+            else:
+                await self._server.handler(request, reply)
         except Exception:
             log.exception("The handler of %s %s failed", request.method, request.target)
             reply.close_after()
@@ -341,42 +264,50 @@ class Connection(asyncio.Protocol):
         self._task = self._reply = None
         if not reply.keeps_connection:
             self._transport.close()
-        elif self._waiting:
-            self._next()
-        elif self._refusal is not None:
-            self._tell(self._refusal)
-        else:
-            self._rest()
+        elif not self.clogged:
+            self._go_on()
 
-    def _rest(self) -> None:
-        """Nothing is being answered; the client may send its next request, for a while."""
-        if self._began_at is None:
-            self._quiet_since = self._loop.time()
+    def _go_on(self) -> None:
+        """Nothing is being answered, and the client takes what is sent."""
+        if self._refusal is not None:
+            self._tell(self._refusal)
+        elif not self._reader.between:
+            self._advance()
+
+    # -- endings
 
     def _refuse(self, error: ApiError) -> None:
         """What follows cannot be read: answer what came before it, then this error, then close."""
-        self._refusal, self._deaf = error, True
-        self._began_at = self._quiet_since = None
-        if self._task is None:
+        self._refusal, self._began_at = error, None
+        self._server.resting.pop(self, None)
+        if self._task is None and not self.clogged:
             self._tell(error)
 
     def _tell(self, error: ApiError) -> None:
-        body = self._server.error_body(error, self._target.decode("latin-1").partition("?")[0])
-        head = b"HTTP/1.1 %d %b\r\n" % (error.status, _REASONS[error.status])
-        head += b"content-type: application/json\r\ncontent-length: %d\r\n" % len(body)
-        head += b"connection: close\r\n\r\n"
-        self._transport.write(head + body)
-        self._transport.close()
+        if self._refused_at is not None:
+            return
+        body = self._server.error_body(error, self._reader.path)
+        told = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close" % len(body)
+        self.write(b"%b\r\n%b\r\n\r\n%b" % (_STATUS_LINES[error.status], told, body))
+        self._transport.write_eof()
+        self._refused_at = self._server.loop.time()
 
     def sweep(self, now: float) -> None:
-        """Refuses a request that takes too long to arrive, closes what is idle, cuts who takes nothing."""
-        limits = self._server.limits
+        """Ends what takes too long: a client that takes nothing, a request that does not arrive."""
         if self._is_stuck(now):
             self._transport.abort()
-        elif self._began_at is not None and now - self._began_at > limits.receive_s:
-            self._refuse(ClientTimeout(f"The request did not arrive within {limits.receive_s:g} s"))
-        else:
-            self.close_idle(now, limits.idle_s)
+        elif self._refused_at is not None:
+            if now - self._refused_at > LINGER_S:
+                self._transport.close()
+        elif self._began_at is not None:
+            self._check_progress(now - self._began_at)
+        elif self._task is None and not self._unsent:
+            self._server.resting[self] = now
+
+    def _check_progress(self, elapsed: float) -> None:
+        limits = self._server.limits
+        if elapsed > limits.receive_s + self._reader.held / limits.receive_rate:
+            self._refuse(ClientTimeout(f"The request did not arrive within {elapsed:.0f} s"))
 
     def _is_stuck(self, now: float) -> bool:
         """Whether the client has taken nothing of what is unsent for as long as it may idle."""
@@ -391,10 +322,9 @@ class Connection(asyncio.Protocol):
         if self._reply is not None and not self._reply.status:
             self._reply.close_after()
 
-    def close_idle(self, now: float, idle_s: float) -> None:
-        """Closes the connection if there was no request for so long."""
-        if self._quiet_since is not None and now - self._quiet_since >= idle_s:
-            self._transport.close()
+    def close(self) -> None:
+        """Ends a connection that rests."""
+        self._transport.close()
 
     def abort(self) -> None:
         """Cuts the connection without waiting for what is unsent."""
@@ -402,13 +332,21 @@ class Connection(asyncio.Protocol):
 
 
 class Server:
-    """Listens on one port and gives every request to one handler."""
+    """Listens on one port and gives every request to one handler.
 
-    def __init__(self, handler: Handler, error_body: ErrorBody, limits: Limits) -> None:
+    With `cors` it answers OPTIONS itself, and tells browsers which pages may read its replies.
+    """
+
+    def __init__(
+        self, handler: Handler, error_body: ErrorBody, limits: Limits, cors: Cors | None = None
+    ) -> None:
         self.handler = handler
         self.error_body = error_body
         self.limits = limits
+        self.cors = cors
         self.connections: set[Connection] = set()
+        # Those of them that wait for a request, and since when; the longest first.
+        self.resting: dict[Connection, float] = {}
         self.closing = False
         self._accepting: dict[socket.socket, asyncio.Server] = {}
         self._sweeper: asyncio.Task[None] | None = None
@@ -457,8 +395,7 @@ class Server:
             connection.finish()
         deadline = self.loop.time() + grace_s
         while self.connections and (now := self.loop.time()) < deadline:
-            for connection in list(self.connections):
-                connection.close_idle(now, idle_s)
+            self._look(now, idle_s)
             await asyncio.sleep(0.05)
         for connection in list(self.connections):
             connection.abort()
@@ -468,6 +405,11 @@ class Server:
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(SWEEP_S)
-            now = self.loop.time()
-            for connection in list(self.connections):
-                connection.sweep(now)
+            self._look(self.loop.time(), self.limits.idle_s)
+
+    def _look(self, now: float, idle_s: float) -> None:
+        """Closes what has rested for so long; of thousands at rest only these are looked at."""
+        for connection in list(takewhile(lambda c: self.resting[c] <= now - idle_s, self.resting)):
+            connection.close()
+        for connection in self.connections.difference(self.resting):
+            connection.sweep(now)

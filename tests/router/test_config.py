@@ -53,6 +53,14 @@ def test_a_model_may_have_other_names():
             {"models": [MODEL], "router": {"port": 8002, "replicas": 2}},
             "router: admin_port: 8001 to 8002 are admin ports, port 8002 too",
         ),
+        (
+            {"models": [MODEL], "router": {"cors": {"allowed_origins": ["*"], "allow_credentials": True}}},
+            "router.cors: allow_credentials: name the allowed_origins",
+        ),
+        (
+            {"models": [MODEL], "router": {"cors": {"allowed_headers": ["a b"]}}},
+            "router.cors.allowed_headers.0: ",
+        ),
         ({"models": [MODEL], "rooter": {}}, "rooter: Extra inputs are not permitted"),
     ],
 )

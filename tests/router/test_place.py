@@ -13,7 +13,7 @@ from router_wire import WAIT_S, client, post, until
 from router.errors import ListenError
 from router.http import listener
 from router.http.server import Limits, Server
-from router.openai_api import error_body
+from router.openai_api import refusal
 from router.place import Place, nobody
 from router.port import Member, Port
 from router.run_directory import Process
@@ -35,7 +35,7 @@ class Router:
         async def answer(request, reply):
             reply.send(200, [], name.encode())
 
-        self.server = Server(answer, error_body, Limits())
+        self.server = Server(answer, refusal, Limits())
         self.place = Place(HOST, port, fleet, self.server)
 
     async def stop(self, successor=nobody):

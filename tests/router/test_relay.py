@@ -107,6 +107,13 @@ async def test_events_are_passed_on_as_they_come():
         assert [chunk async for chunk in chunks][-1] == DONE
 
 
+async def test_an_engine_gets_the_origin_form():
+    sent = chat().replace(CHAT.encode(), b"http://herd.example:8000" + CHAT.encode() + b"?a=b", 1)
+    async with engine(says(reply(b"{}"))) as (it, url), relaying(url) as (_, _, port):
+        assert (await answered(port, sent))[0] == 200
+        assert it.requests[0].startswith(b"POST /v1/chat/completions?a=b HTTP/1.1\r\nhost: 127.0.0.1:")
+
+
 async def test_connections_to_an_engine_are_used_again():
     async with engine(says(reply(b"{}"))) as (it, url), relaying(url) as (_, _, port):
         for _ in range(3):
