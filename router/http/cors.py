@@ -13,7 +13,7 @@ from router.http.requests import Request
 
 ANY = "*"
 # What the endpoint takes, on whatever path.
-METHODS = b"GET, HEAD, POST, OPTIONS"
+METHODS = b"GET, HEAD, POST, DELETE, OPTIONS"
 # Browsers keep the answer to a preflight for so long; Starlette's default, and so vLLM's.
 MAX_AGE_S = 600
 # Of the headers that a page could not read otherwise, those that clients of the API live on.
