@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from typing import Any
 
 import ray
@@ -35,6 +36,7 @@ class Router:
         self._pools = [pool.options() for pool in pools]
         await ROSTER.heard(len(pools), SETTLE_S)
         await self._front.open()
+        gc.freeze()  # else a full collection, now and then, holds the loop for tens of milliseconds
 
     async def check_health(self) -> None:
         """On the router's own loop, so that one that hangs fails too; raises when its port is closed."""

@@ -7,6 +7,7 @@ end means that the parent is gone, and standard output tells the parent how far 
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import sys
@@ -120,6 +121,7 @@ async def _route(
     await front.start()
     front.membership(endpoints)
     await front.open()
+    gc.freeze()  # else a full collection, now and then, holds the loop for tens of milliseconds
     opened(front)
     await orders.told.wait()
     if not orders.ended.is_set():

@@ -8,17 +8,18 @@ same bytes; a test compares them.
 
 from __future__ import annotations
 
-# As vLLM writes a chunk of chat and one of text in which nothing ends and something is said.
-_IDS = b',"token_ids":['
-_CHAT = b'"},"logprobs":null,"finish_reason":null'
-_NO_PROMPT = b',"prompt_token_ids":null'
-_TEXT = b'"finish_reason":null,"stop_reason":null' + _NO_PROMPT
-_END = b"]}]}\n\n\r\n"
-_REST = _END[1:]  # what stays of it without the ids
+import re
+
 _BREAKS = b"\n\n\r\n"
-_IDS_SIZE, _END_SIZE, _BREAKS_SIZE = len(_IDS), len(_END), len(_BREAKS)
-_IDS_TAIL = _END_SIZE - 1  # the bracket stays with them
-_REST_SIZE = len(_REST) - len(b"\r\n")
+# A chunk of chat or of text as vLLM writes it, in which nothing ends and something is said: its size line, the
+# event up to its ids, the ids. `[^\n]*` gives back from the end, so text that looks alike is no matter.
+_ORDINARY = re.compile(
+    rb"([0-9a-f]+\r\n)"
+    rb'(data: [^\n]*"finish_reason":null(?<!"delta":\{\},"logprobs":null,"finish_reason":null)'
+    rb'(?:,"stop_reason":null)?)(?:,"prompt_token_ids":null)?'
+    rb',"token_ids":\[([0-9,]+\])\}\]\}\n\n\r\n'
+).fullmatch
+_REST = b"}]}" + _BREAKS  # what stays behind the ids
 
 MAX_BYTES = 4096  # the chunk of one token is a few hundred
 _SIZE_LINES = [b"%x\r\n" % size for size in range(MAX_BYTES)]
@@ -26,28 +27,19 @@ _SIZE_LINES = [b"%x\r\n" % size for size in range(MAX_BYTES)]
 _LINE_OF = [b"none"] * (MAX_BYTES + 8)
 for _size, _line in enumerate(_SIZE_LINES):
     _LINE_OF[len(_line) + _size + len(b"\r\n")] = _line
+_REST_SIZE = len(_REST) - len(b"\r\n")
 
 
 def without_ids(chunk: bytes) -> tuple[bytes, bytes] | None:
     """The ids as `1,2]`, and the chunk that is left without them; None if it is any other kind of chunk."""
+    match = _ORDINARY(chunk)
+    if match is None:
+        return None
+    line, event, ids = match.groups()
     length = len(chunk)
-    if length >= MAX_BYTES or not chunk.endswith(_END):
+    if length >= MAX_BYTES or line != _LINE_OF[length]:
         return None
-    at = chunk.rfind(_IDS)
-    if chunk.endswith(_CHAT, 0, at):
-        cut = at
-    elif chunk.endswith(_TEXT, 0, at):
-        cut = at - len(_NO_PROMPT)
-    else:
-        return None
-    line = _LINE_OF[length]
-    begin = len(line)
-    if not chunk.startswith(line) or chunk.find(b"\n", begin) != length - _BREAKS_SIZE:
-        return None
-    if chunk.find(b"]", at) != length - _END_SIZE:
-        return None
-    rest = _SIZE_LINES[cut - begin + _REST_SIZE] + chunk[begin:cut] + _REST
-    return chunk[at + _IDS_SIZE : -_IDS_TAIL], rest
+    return ids, _SIZE_LINES[len(event) + _REST_SIZE] + event + _REST
 
 
 def each_without_ids(read: bytes) -> tuple[bytes, bytes] | None:

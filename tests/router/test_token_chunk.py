@@ -52,7 +52,11 @@ texts = st.text(min_size=1) | st.sampled_from(
     ['"token_ids":[1]', "]}]}\n\n\r\n", '"},"logprobs":null', "a\nb"]
 )
 token_ids = st.lists(st.integers(min_value=0, max_value=200_000), min_size=1, max_size=4)
-ordinary = st.builds(chat, texts, token_ids) | st.builds(completion, texts, token_ids)
+ordinary = (
+    st.builds(chat, texts, token_ids)
+    | st.builds(chat, texts, token_ids, stop_reason=st.none())
+    | st.builds(completion, texts, token_ids)
+)
 
 
 @given(ordinary)
@@ -86,7 +90,6 @@ OTHERS = [
     framed(b"event: x\n" + ONE),
     framed(chat("x" * MAX_BYTES, [5])),
     framed(chat("a", None)),
-    framed(chat("a", [5], stop_reason=None)),
     framed(completion("a", [5], prompt_ids=[1, 2])),
     framed(event({"delta": {}, "logprobs": None, "finish_reason": None, "token_ids": [5]})),
     framed(event({"delta": {"content": "a"}, "logprobs": None, "finish_reason": "stop", "token_ids": [5]})),
