@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 
 _BREAKS = b"\n\n\r\n"
-# A chunk of chat or of text as vLLM writes it, in which nothing ends and something is said: its size line, the
+# A chunk of chat or text as vLLM writes it, in which nothing ends and something is said: its size line, the
 # event up to its ids, the ids. `[^\n]*` gives back from the end, so text that looks alike is no matter.
 _ORDINARY = re.compile(
     rb"([0-9a-f]+\r\n)"
