@@ -65,6 +65,11 @@ class ApiError(HerdError):
         self.param = param
         self.retry_after = retry_after
 
+    @property
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """What the client is told beside the body."""
+        return [] if self.retry_after is None else [(b"retry-after", b"%d" % self.retry_after)]
+
 
 class BadRequest(ApiError):
     """The request cannot be read."""
@@ -101,11 +106,19 @@ class ResponseNotFound(ApiError):
 
 
 class MethodNotAllowed(ApiError):
-    """The path exists, the method does not."""
+    """The path exists, the method does not; the client is told which do (RFC 9110, section 15.5.6)."""
 
     status = 405
     type = "invalid_request_error"
     code = "method_not_allowed"
+
+    def __init__(self, path: str, *allowed: str) -> None:
+        super().__init__(f"{path} takes {', '.join(allowed)}")
+        self.allowed = allowed
+
+    @property
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        return [(b"allow", ", ".join(self.allowed).encode("ascii"))]
 
 
 class ClientTimeout(ApiError):
