@@ -1,8 +1,12 @@
-"""Everything that can go wrong in the router, as one tree; `router.relay` translates it to HTTP at one edge.
+"""Everything that can go wrong in the router, as one tree. On the front port `router.relay` makes an ApiError
+a reply, on the admin port `router.admin`, and of what is no request to either of them `router.http.server`.
 
 HerdError
   ConfigError              a setting is wrong; names the key
   ListenError              a port cannot be had
+  AlreadyUp                a `herd up` runs in this run directory (router.run_directory)
+  ClusterError             Ray cannot be started or reached, or is lost (router.cluster)
+  ServeError               Serve refused or failed (router.serve_rest)
   EngineUnreachable        a worker URL gives no answer, or not that of a vLLM server
   UpstreamError            the exchange with a replica failed
     ConnectFailed          nothing was sent
