@@ -24,6 +24,7 @@ from support import HERD, ROOT, Holder, Running, Start, eventually, free_ports, 
 
 from router.http import listener
 from router.port import Member, Port
+from router.route import GRACE_S
 from router.watchdog import STUCK_S
 
 MOCK = (sys.executable, "-m", "loadtests.mock_engine", "--engines", "1")
@@ -186,6 +187,18 @@ def test_a_signal_ends_all(start: Start, engine: str, number: int) -> None:
     assert it.parent.process.wait(REPLACED_S) == 0
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
     assert Port(it.port).members() == []
+
+
+def test_a_second_signal_cuts(start: Start, engine: str) -> None:
+    it = route(start, engine)
+    with socket.create_connection(("127.0.0.1", it.port)) as unfinished:
+        unfinished.sendall(b"GET /health HTTP/1.1\r\nhost: h\r\n\r\nGET ")
+        assert unfinished.recv(4096).startswith(b"HTTP/1.1 200 ")
+        os.kill(it.parent.process.pid, signal.SIGTERM)
+        eventually(lambda: not it.members)
+        assert it.parent.process.poll() is None  # it gives what is under way its time
+        os.kill(it.parent.process.pid, signal.SIGTERM)
+        assert it.parent.process.wait(GRACE_S / 2) == 0
 
 
 def test_processes_end_with_their_parent(start: Start, engine: str) -> None:
