@@ -126,7 +126,10 @@ def _row(sample: Sample) -> list[str]:
 @click.option("--also", multiple=True, help="One more router: 'NAME=command {urls} {port}'.")
 def main(counts: tuple[int, ...], seconds: float, also: tuple[str, ...]) -> None:
     """Measure idle connections: memory for each, CPU for all of them."""
-    routers = [Contender("herd", contenders.herd), *(contenders.template(*a.split("=", 1)) for a in also)]
+    routers = [
+        Contender(contenders.HERD, contenders.herd),
+        *(contenders.template(*a.split("=", 1)) for a in also),
+    ]
     cores = Cores.of_machine()
     try:
         allow_files(max(counts) + SPARE_FILES)

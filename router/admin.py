@@ -58,10 +58,10 @@ class Admin:
             if request.path not in self._routes:
                 raise UnknownRoute(f"The admin port serves {', '.join(self._routes)}")
             if request.method not in ("GET", "HEAD"):
-                raise MethodNotAllowed(f"{request.path} takes GET")
+                raise MethodNotAllowed(request.path, "GET", "HEAD")
             self._routes[request.path](request, reply)
         except ApiError as error:
-            reply.send(error.status, [JSON], error_body(error))
+            reply.send(error.status, [JSON, *error.headers], error_body(error))
 
     def _alive(self, request: Request, reply: Reply) -> None:
         reply.send(200, [JSON], b'{"status":"ok"}')

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -21,12 +21,15 @@ from workers.engine import EngineSpec
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 Name = Annotated[str, Field(min_length=1)]
+Config = TypeVar("Config", bound=BaseModel)
 
 
 class RouterConfig(BaseModel):
     """The front door: where it listens and how it chooses. Port 0 takes any free one.
 
-    `aliases`: other names of models, each with the name that engines know.
+    `replicas`: router processes; those on one machine share the port. `aliases`: other names of models, each
+    with the name that engines know. `limits`: of what clients send (router/http/requests.py). `cors`: which
+    web pages may call (router/http/cors.py).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -96,10 +99,12 @@ def parse(args: Mapping[str, Any]) -> FleetConfig:
     """The `args:` of the application; raises ConfigError that names the key."""
     if not isinstance(args, Mapping):
         raise ConfigError("args: a mapping with `models` and `router` is expected")
-    try:
-        return FleetConfig.model_validate(dict(args))
-    except ValidationError as error:
-        raise ConfigError(_sentence(error)) from None
+    return _checked(FleetConfig, args)
+
+
+def parse_router(settings: Mapping[str, Any]) -> RouterConfig:
+    """A router's settings by themselves, as `herd route` has them; raises ConfigError that names the key."""
+    return _checked(RouterConfig, settings)
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -124,6 +129,13 @@ def application_of(document: Any) -> dict[str, Any]:
     if not isinstance(applications, list) or len(applications) != 1 or not isinstance(applications[0], dict):
         raise ConfigError("applications: exactly one application is expected (a Ray Serve config file)")
     return applications[0]
+
+
+def _checked(kind: type[Config], values: Mapping[str, Any]) -> Config:
+    try:
+        return kind.model_validate(dict(values))
+    except ValidationError as error:
+        raise ConfigError(_sentence(error)) from None
 
 
 def _sentence(error: ValidationError) -> str:

@@ -1,8 +1,12 @@
-"""Everything that can go wrong in the router, as one tree; `router.relay` translates it to HTTP at one edge.
+"""Everything that can go wrong in the router, as one tree. On the front port `router.relay` makes an ApiError
+a reply, on the admin port `router.admin`, and of what is no request to either of them `router.http.server`.
 
 HerdError
   ConfigError              a setting is wrong; names the key
   ListenError              a port cannot be had
+  AlreadyUp                a `herd up` runs in this run directory (router.run_directory)
+  ClusterError             Ray cannot be started or reached, or is lost (router.cluster)
+  ServeError               Serve refused or failed (router.serve_rest)
   EngineUnreachable        a worker URL gives no answer, or not that of a vLLM server
   UpstreamError            the exchange with a replica failed
     ConnectFailed          nothing was sent
@@ -65,6 +69,11 @@ class ApiError(HerdError):
         self.param = param
         self.retry_after = retry_after
 
+    @property
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """What the client is told beside the body."""
+        return [] if self.retry_after is None else [(b"retry-after", b"%d" % self.retry_after)]
+
 
 class BadRequest(ApiError):
     """The request cannot be read."""
@@ -101,11 +110,19 @@ class ResponseNotFound(ApiError):
 
 
 class MethodNotAllowed(ApiError):
-    """The path exists, the method does not."""
+    """The path exists, the method does not; the client is told which do (RFC 9110, section 15.5.6)."""
 
     status = 405
     type = "invalid_request_error"
     code = "method_not_allowed"
+
+    def __init__(self, path: str, *allowed: str) -> None:
+        super().__init__(f"{path} takes {', '.join(allowed)}")
+        self.allowed = allowed
+
+    @property
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        return [(b"allow", ", ".join(self.allowed).encode("ascii"))]
 
 
 class ClientTimeout(ApiError):

@@ -26,6 +26,31 @@ LAG_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 
 # Why a request was placed again: no connection to the replica, or its reply was cut.
 RETRY_REASONS = ("connect", "cut")
 
+# Of each model, by the field of ModelMetrics: its name for Prometheus, and what it is.
+COUNTERS = (
+    ("prompt_tokens", "prompt_tokens", "Prompt tokens, as engines reported them."),
+    ("cached_tokens", "cached_tokens", "Prompt tokens found in KV cache, as engines reported them."),
+    ("output_tokens", "output_tokens", "Tokens generated, as engines reported them."),
+    ("events", "stream_events", "Events of streams passed on to clients."),
+    ("disconnects", "client_disconnects", "Requests given up because the client left."),
+    ("truncated", "streams_truncated", "Streams that ended in an error after their first byte."),
+    ("replica_failures", "replica_failures", "Times a replica was taken out of traffic."),
+)
+HISTOGRAMS = (
+    (
+        "ttft",
+        "time_to_first_token_seconds",
+        "From the request's last byte to the first token passed on.",
+        TTFT_BUCKETS,
+    ),
+    (
+        "duration",
+        "request_duration_seconds",
+        "From the request's last byte to the reply's last.",
+        DURATION_BUCKETS,
+    ),
+)
+
 
 @dataclass(frozen=True, slots=True)
 class ModelMetrics:
@@ -53,44 +78,18 @@ class Metrics:
         self._retries = self._counter(
             "retries", "Requests placed again after a replica failed them.", "model", "reason"
         )
-        self._of_model = {
-            "ttft": self._histogram(
-                "time_to_first_token_seconds",
-                "From the request's last byte to the first token passed on.",
-                TTFT_BUCKETS,
-            ),
-            "duration": self._histogram(
-                "request_duration_seconds",
-                "From the request's last byte to the reply's last.",
-                DURATION_BUCKETS,
-            ),
-            "prompt_tokens": self._counter("prompt_tokens", "Prompt tokens, as engines reported them."),
-            "cached_tokens": self._counter(
-                "cached_tokens", "Prompt tokens found in KV cache, as engines reported them."
-            ),
-            "output_tokens": self._counter("output_tokens", "Tokens generated, as engines reported them."),
-            "events": self._counter("stream_events", "Events of streams passed on to clients."),
-            "disconnects": self._counter("client_disconnects", "Requests given up because the client left."),
-            "truncated": self._counter(
-                "streams_truncated", "Streams that ended in an error after their first byte."
-            ),
-            "replica_failures": self._counter(
-                "replica_failures", "Times a replica was taken out of traffic."
-            ),
+        self._of_model = {field: self._counter(name, help_) for field, name, help_ in COUNTERS} | {
+            field: self._histogram(name, help_, bounds, "model") for field, name, help_, bounds in HISTOGRAMS
         }
-        self.overhead = Histograms(
-            self.registry,
-            "herd_router_overhead_seconds",
+        self.overhead = self._histogram(
+            "router_overhead_seconds",
             "From the request's last byte until it was sent to a replica.",
-            labels=(),
-            bounds=OVERHEAD_BUCKETS,
+            OVERHEAD_BUCKETS,
         ).labels()
-        self.loop_lag = Histograms(
-            self.registry,
-            "herd_event_loop_lag_seconds",
+        self.loop_lag = self._histogram(
+            "event_loop_lag_seconds",
             "How much later than due the event loop came to a timer: what every request there waits as well.",
-            labels=(),
-            bounds=LAG_BUCKETS,
+            LAG_BUCKETS,
         ).labels()
         self.connections = self._gauge("client_connections", "Open client connections.")
         self._replicas = self._gauge("replicas", "Replicas by state.", "model", "state")
@@ -122,8 +121,8 @@ class Metrics:
     def _counter(self, name: str, help_: str, *labels: str) -> Counters:
         return Counters(self.registry, f"herd_{name}", help_, labels or ("model",))
 
-    def _histogram(self, name: str, help_: str, bounds: tuple[float, ...]) -> Histograms:
-        return Histograms(self.registry, f"herd_{name}", help_, ("model",), bounds)
+    def _histogram(self, name: str, help_: str, bounds: tuple[float, ...], *labels: str) -> Histograms:
+        return Histograms(self.registry, f"herd_{name}", help_, labels, bounds)
 
     def _gauge(self, name: str, help_: str, *labels: str) -> Gauge:
         return Gauge(f"herd_{name}", help_, labels, registry=self.registry)

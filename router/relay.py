@@ -119,7 +119,7 @@ class Relay:
         if path not in ("/v1/models", "/health", "/ready") and not path.startswith(MODEL_PATH):
             raise UnknownRoute(f"Nothing is served at {request.method} {path}")
         if request.method not in ("GET", "HEAD"):
-            raise MethodNotAllowed(f"{path} takes GET")
+            raise MethodNotAllowed(path, "GET", "HEAD")
         reply.send(200, [JSON, (b"x-request-id", request_id)], self._own_body(path))
 
     def _own_body(self, path: str) -> bytes:
@@ -158,7 +158,7 @@ class Relay:
             kept = openai_api.Kept(about=response_id)
             return openai_api.Call(family, self._keepers.model_of(response_id), kept=kept)
         if request.method != "POST":
-            raise MethodNotAllowed(f"{request.path} takes POST")
+            raise MethodNotAllowed(request.path, "POST")
         call = self._parse(family, request)
         if self._fleet.view(call.model).replicas:
             return call
@@ -267,9 +267,7 @@ class Relay:
         if reply.started:
             reply.abort()
             return
-        said = [JSON, (b"x-request-id", request_id)]
-        if error.retry_after is not None:
-            said.append((b"retry-after", b"%d" % error.retry_after))
+        said = [JSON, (b"x-request-id", request_id), *error.headers]
         family = family or openai_api.OTHER
         reply.send(error.status, said, family.error_body(error, request_id.decode("ascii")))
 

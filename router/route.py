@@ -17,9 +17,8 @@ from urllib.parse import urlsplit
 
 import msgspec
 import uvloop
-from pydantic import ValidationError
 
-from router.config import RouterConfig
+from router.config import parse_router
 from router.errors import ConfigError, HerdError
 from router.front import Endpoint, FrontDoor
 from router.processes import LEFT, LINK, OPEN
@@ -105,10 +104,7 @@ def _run(
     link: int | None = None,
 ) -> None:
     endpoints = [endpoint(url) for url in urls]
-    try:
-        config = RouterConfig(**settings)
-    except ValidationError as error:
-        raise ConfigError("; ".join(e["msg"].removeprefix("Value error, ") for e in error.errors())) from None
+    config = parse_router(settings)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_route(FrontDoor(config, fleet=fleet), endpoints, opened, link))
 

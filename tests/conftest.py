@@ -8,9 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 from support import Start, processes
 
 pytest_plugins = ["pytester"]
+
+# How long an example takes is the machine's affair. The parent is Hypothesis' own profile, for CI another.
+settings.register_profile("herd", parent=settings(), deadline=None)
+settings.load_profile("herd")
 
 # Tests that need what a person's machine may lack; where CI is set, it has to be there.
 OPTIONAL = ("debian", "vllm")

@@ -12,9 +12,8 @@ from typing import Protocol
 
 from router.errors import BadRequest, HeadTooLarge, TooLarge
 from router.http import grammar
+from router.http.framing import MAX_SIZE_LINE
 
-# 16 digits and a few extensions fit; whoever sends longer lines wants them read, not the body.
-MAX_SIZE_LINE = 256
 # A size of more digits is beyond any limit, and `int` refuses thousands of them.
 _SIZE_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})([ \t]*;%b*+)?" % grammar.TEXT)
 

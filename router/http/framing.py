@@ -1,7 +1,7 @@
 """How the body of a reply is delimited (RFC 9112, section 6.3). Pure: bytes in, payload bytes out.
 
-httptools reads the head of a reply; for a stream of small chunks its callbacks cost more than all that the
-relay does with them, so the body is read here.
+`reply_head` tells which of these a reply has. Lenient where nothing can be smuggled: engines are trusted.
+What clients send is read by `bodies`.
 """
 
 from __future__ import annotations

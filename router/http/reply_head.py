@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
+from router.http import grammar
 from router.http.framing import Chunked, Framing, FramingError, Sized, UntilClose
 from router.http.headers import Headers, first, to_client, tokens
 
@@ -19,7 +20,7 @@ _REMEMBERED_BYTES, _REMEMBERED = 2048, 512
 # RFC 9112, sections 4 and 5: no line folding, no space before a colon, nothing but CR LF ends a line.
 _HEAD = re.compile(
     rb"HTTP/1\.(?P<minor>[01]) (?P<status>[0-9]{3})(?: [^\r\n\0]*)?\r\n"
-    rb"(?P<lines>(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[^\r\n\0]*\r\n)*)\r\n"
+    rb"(?P<lines>(?:%b:[^\r\n\0]*\r\n)*)\r\n" % grammar.TOKEN
 )
 
 

@@ -25,7 +25,7 @@ class TooMany(ApiError):
     [
         (BadRequest("x", param="model"), "invalid_request_error"),
         (UnknownModel("x"), "not_found_error"),
-        (MethodNotAllowed("x"), "invalid_request_error"),
+        (MethodNotAllowed("x", "POST"), "invalid_request_error"),
         (ClientTimeout("x"), "timeout_error"),
         (TooLarge("x"), "request_too_large"),
         (TooMany("x"), "rate_limit_error"),
@@ -35,7 +35,7 @@ class TooMany(ApiError):
     ],
 )
 def test_errors_are_named_as_anthropic_names_them(error, kind):
-    said = {"type": "error", "error": {"type": kind, "message": "x"}, "request_id": "req"}
+    said = {"type": "error", "error": {"type": kind, "message": error.message}, "request_id": "req"}
     assert json.loads(error_body(error, "req")) == said
     name, data = error_event(error, "req", EventWatch(ENDING)).removesuffix(b"\n\n").split(b"\n")
     assert name == b"event: error"

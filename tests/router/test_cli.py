@@ -52,7 +52,12 @@ def test_status_is_quick(tmp_path: Path) -> None:
         (("up", "--engine", "magic"), 2, "magic"),
         (("route",), 2, "--worker-urls"),
         (("route", "--worker-urls", "localhost:8000"), 1, "--worker-urls: 'localhost:8000'"),
-        (("route", "--worker-urls", "http://127.0.0.1:1", "--policy", "magic"), 1, "'magic' is not a policy"),
+        (("route", "--worker-urls", "http://127.0.0.1:1", "--policy", "magic"), 1, "policy: 'magic' is not"),
+        (
+            ("route", "--worker-urls", "http://127.0.0.1:1", "--admin-port", "70000"),
+            1,
+            "admin_port: Input should",
+        ),
         (("route", "--worker-urls", "http://127.0.0.1:1", "--model-alias", "a"), 1, "'a' is not of the form"),
         (
             ("route", "--worker-urls", "http://h:1", "--model-alias", "a=b", "--model-alias", "a=c"),
@@ -62,7 +67,7 @@ def test_status_is_quick(tmp_path: Path) -> None:
         (
             ("route", "--worker-urls", "http://h:1", "--model-alias", "a=b", "--model-alias", "b=c"),
             1,
-            "'a' stands for 'b', which is an alias itself",
+            "aliases: 'a' stands for 'b', which is an alias itself",
         ),
     ],
 )

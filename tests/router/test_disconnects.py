@@ -4,7 +4,7 @@ import asyncio
 import gc
 
 import pytest
-from router_wire import VLLM_PAGES, answering, client, engine, post, relaying, stream, until
+from router_wire import client, engine, post, relaying, stream, until
 
 CHAT = "/v1/chat/completions"
 TOKEN = b'data: {"id":"c","choices":[{"index":0,"delta":{"content":"a"},"token_ids":[5]}]}\n\n'
@@ -23,9 +23,6 @@ class Stages:
     async def __call__(
         self, request: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        if request.startswith(b"GET"):
-            await answering(VLLM_PAGES)(request, reader, writer)
-            return
         writer.write(self._sends)
         await writer.drain()
         self.waiting += 1

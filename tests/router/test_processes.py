@@ -24,6 +24,7 @@ from support import HERD, ROOT, Holder, Running, Start, eventually, free_ports, 
 
 from router.http import listener
 from router.port import Member, Port
+from router.route import GRACE_S
 from router.watchdog import STUCK_S
 
 MOCK = (sys.executable, "-m", "loadtests.mock_engine", "--engines", "1")
@@ -156,10 +157,10 @@ def test_status_lists_every_process(start: Start, engine: str) -> None:
 
 def test_a_killed_process_is_replaced_while_the_other_serves(start: Start, engine: str) -> None:
     it = route(start, engine)
-    victim, survivor = it.pids
+    (victim, gone), (survivor, _) = [(member.process.pid, set(member.listeners)) for member in it.members]
     os.kill(victim, signal.SIGKILL)
     # A connection of the moment between its death and the end of its sockets is lost.
-    eventually(lambda: len(listener.listening("127.0.0.1", it.port)) == 1)
+    eventually(lambda: not gone & listener.listening("127.0.0.1", it.port))
     assert asyncio.run(one_connection(it.port, CHAT, ANSWER)) == "answered"
     after = eventually(lambda: len(it.members) == 2 and it.members, REPLACED_S)
     assert [member.rank for member in after] == [0, 1]
@@ -170,12 +171,10 @@ def test_a_killed_process_is_replaced_while_the_other_serves(start: Start, engin
 def test_a_process_whose_loop_is_stuck_is_replaced(start: Start, engine: str, tmp_path: Path) -> None:
     holder = Holder(tmp_path)
     it = route(start, engine, env=holder.env)
-    victim, survivor = it.pids
-    holder.hold(survivor)  # the second by rank
-    after = eventually(
-        lambda: len(it.pids) == 2 and survivor not in it.pids and it.pids, STUCK_S + REPLACED_S
-    )
-    assert after[0] == victim
+    survivor, victim = it.pids
+    holder.hold(victim)
+    after = eventually(lambda: len(it.pids) == 2 and victim not in it.pids and it.pids, STUCK_S + REPLACED_S)
+    assert after[0] == survivor
     assert "Timeout (0:00:10)!" in it.parent.output
     assert asyncio.run(one_connection(it.port, CHAT, ANSWER)) == "answered"
 
@@ -185,16 +184,28 @@ def test_a_signal_ends_all(start: Start, engine: str, number: int) -> None:
     it = route(start, engine)
     pids = it.pids
     os.kill(it.parent.process.pid, number)
-    assert it.parent.process.wait(WAIT_S) == 0
+    assert it.parent.process.wait(REPLACED_S) == 0
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
     assert Port(it.port).members() == []
+
+
+def test_a_second_signal_cuts(start: Start, engine: str) -> None:
+    it = route(start, engine)
+    with socket.create_connection(("127.0.0.1", it.port)) as unfinished:
+        unfinished.sendall(b"GET /health HTTP/1.1\r\nhost: h\r\n\r\nGET ")
+        assert unfinished.recv(4096).startswith(b"HTTP/1.1 200 ")
+        os.kill(it.parent.process.pid, signal.SIGTERM)
+        eventually(lambda: not it.members)
+        assert it.parent.process.poll() is None  # it gives what is under way its time
+        os.kill(it.parent.process.pid, signal.SIGTERM)
+        assert it.parent.process.wait(GRACE_S / 2) == 0
 
 
 def test_processes_end_with_their_parent(start: Start, engine: str) -> None:
     it = route(start, engine)
     members = it.members
     it.parent.process.kill()
-    eventually(lambda: not any(member.process.alive for member in members))
+    eventually(lambda: not any(member.process.alive for member in members), REPLACED_S)
 
 
 def test_a_port_that_another_has_is_refused_in_one_sentence(start: Start, engine: str) -> None:

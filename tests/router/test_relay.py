@@ -273,6 +273,19 @@ async def test_bad_requests_get_openai_errors(sent, status, code, param):
         assert not it.requests
 
 
+@pytest.mark.parametrize(
+    ("sent", "allowed"),
+    [
+        (b"GET /v1/chat/completions HTTP/1.1\r\nhost: h\r\n\r\n", "POST"),
+        (post("/v1/models", b"{}"), "GET, HEAD"),
+    ],
+)
+async def test_a_wrong_method_is_told_the_right_ones(sent, allowed):
+    async with relaying() as (_, _, port):
+        status, headers, _ = await answered(port, sent)
+        assert (status, headers["allow"]) == (405, allowed)
+
+
 async def test_models_health_ready():
     async with engine(says(reply(b"{}"))) as (_, url), relaying(url) as (_, fleet, port), client(port) as c:
 

@@ -51,7 +51,7 @@ messages = st.one_of(
 )
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=1500)
 @given(st.lists(messages, min_size=1, max_size=3).map(b"".join), st.data())
 def test_wherever_the_bytes_are_split_the_result_is_the_same(sent, data):
     cuts = sorted(data.draw(st.sets(st.integers(0, len(sent)))))

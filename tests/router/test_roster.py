@@ -3,6 +3,8 @@
 import asyncio
 import threading
 
+from router_wire import WAIT_S
+
 from router.health import Endpoint
 from router.roster import Roster
 
@@ -21,8 +23,8 @@ async def test_the_listener_hears_the_union_of_all_pools_on_its_own_loop() -> No
     assert await heard.get() == [A]
     for pool, endpoints in (("two", [B, C]), ("one", [])):
         await asyncio.to_thread(roster.announce, pool, endpoints)
-    assert await asyncio.wait_for(heard.get(), 5) in ([A, B, C], [B, C])
-    assert await asyncio.wait_for(heard.get(), 5) == [B, C]
+    assert await asyncio.wait_for(heard.get(), WAIT_S) in ([A, B, C], [B, C])
+    assert await asyncio.wait_for(heard.get(), WAIT_S) == [B, C]
     assert threads == {threading.current_thread()}
 
 

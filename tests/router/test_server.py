@@ -488,9 +488,9 @@ async def test_a_server_that_stops_closes_what_stays_idle():
         await c.send(post("/p", b""))
         await c.reply()
         began = asyncio.get_running_loop().time()
-        await server.stop(10, 0.2)
+        await server.stop(10, 0.5)
         assert await c.at_end()
-        assert 0.1 < asyncio.get_running_loop().time() - began < 5
+        assert 0.1 < asyncio.get_running_loop().time() - began < 9  # a sweep may have seen it rest before
 
 
 async def test_listening_sockets_come_and_go():

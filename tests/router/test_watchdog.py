@@ -7,7 +7,7 @@ from router_wire import until
 from support import ROOT
 
 from router.series import Histogram
-from router.watchdog import watch
+from router.watchdog import LOOK_S, watch
 
 STUCK = """
 import asyncio, time
@@ -15,7 +15,7 @@ from router.series import Histogram
 from router.watchdog import watch
 
 async def main():
-    watching = asyncio.create_task(watch(Histogram((1,)), stuck_s=0.5))
+    watching = asyncio.create_task(watch(Histogram((1,)), stuck_s=2))
     await asyncio.sleep({works})
     {then}
 
@@ -29,7 +29,7 @@ asyncio.run(main())
 def run(works: float, then: str, how: str = "time.sleep(30)") -> subprocess.CompletedProcess[str]:
     program = STUCK.format(works=works, then=then, how=how)
     return subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=20
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=60
     )
 
 
@@ -42,7 +42,7 @@ def test_a_process_whose_loop_is_stuck_ends_and_says_where():
 
 def test_one_that_is_late_goes_on():
     """Longer than the limit in all, never at once; and nothing is armed any more when it ended by itself."""
-    done = run(0, "[time.sleep(0.2) or await asyncio.sleep(0.3) for _ in range(3)]; watching.cancel()")
+    done = run(0, "[time.sleep(0.8) or await asyncio.sleep(0.3) for _ in range(3)]; watching.cancel()")
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -51,10 +51,10 @@ def hold(seconds: float) -> None:
 
 
 async def test_lag_is_measured():
-    lag = Histogram((0.2, 10))
+    lag = Histogram((1, 10))
     watching = asyncio.create_task(watch(lag))
-    await until(lambda: sum(lag.counts) == 1)
-    hold(0.6)
-    await until(lambda: sum(lag.counts) == 2)
-    assert lag.counts == [1, 1, 0]
+    await until(lambda: lag.counts[0] > 0)
+    before = lag.counts[1]  # a busy machine may be as late
+    hold(1 + 2 * LOOK_S)
+    await until(lambda: lag.counts[1] > before)
     watching.cancel()
