@@ -19,6 +19,7 @@ from typing import Protocol, cast
 
 from router.errors import ApiError, BadRequest, ClientTimeout
 from router.http.cors import METHODS, Cors
+from router.http.framing import Chunked
 from router.http.headers import Headers
 from router.http.listener import BACKLOG, listen
 from router.http.requests import Limits, Request, RequestReader
@@ -104,11 +105,11 @@ class Reply:
 
     @property
     def chunk_writer(self) -> Callable[[bytes], None]:
-        """Writes bytes that are one chunk already, once this reply has started."""
+        """Writes bytes that are whole chunks already, once this reply has started."""
         return self._connection.write if self._chunked else self._write_content
 
-    def _write_content(self, chunk: bytes) -> None:
-        self.write(chunk[chunk.index(b"\n") + 1 : -2])
+    def _write_content(self, chunks: bytes) -> None:
+        self.write(Chunked().feed(chunks))
 
     def end(self) -> None:
         """The body is whole; the connection takes the next request."""

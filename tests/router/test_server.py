@@ -89,6 +89,22 @@ async def test_a_stream_to_an_http_1_0_client_ends_with_the_connection():
         assert await c.reader.read() == b"abc"
 
 
+@pytest.mark.parametrize(
+    ("chunks", "content"), [(b"1\r\nb\r\n", b"ab"), (b"1\r\nb\r\n2\r\n\r\n\r\n", b"ab\r\n")]
+)
+async def test_an_http_1_0_client_gets_the_content_of_whole_chunks(chunks, content):
+    async def stream(request: Request, reply: Reply) -> None:
+        reply.start(200, [])
+        reply.write(b"a")
+        reply.chunk_writer(chunks)
+        reply.end()
+
+    async with serving(stream) as (_, port), client(port) as c:
+        await c.send(b"GET /p HTTP/1.0\r\n\r\n")
+        await c.head()
+        assert await c.reader.read() == content
+
+
 LIMITS = Limits(head_bytes=1000, headers=20, body_bytes=100)
 
 
