@@ -105,6 +105,18 @@ async def test_an_http_1_0_client_gets_the_content_of_whole_chunks(chunks, conte
         assert await c.reader.read() == content
 
 
+async def test_a_reply_that_is_cut_does_not_end_as_if_it_were_whole():
+    async def cut(request: Request, reply: Reply) -> None:
+        reply.start(200, [])
+        reply.write(b"ab")
+        reply.abort()
+
+    async with serving(cut) as (_, port), client(port) as c:
+        await c.send(b"GET /p HTTP/1.0\r\n\r\n")
+        with pytest.raises(ConnectionResetError):
+            await c.reader.read()
+
+
 LIMITS = Limits(head_bytes=1000, headers=20, body_bytes=100)
 
 
