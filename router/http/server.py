@@ -199,6 +199,7 @@ class Connection(asyncio.Protocol):
         self._server.connections.discard(self)
         self._server.resting.pop(self, None)
         if self._task is not None:
+            self.pause_writing()  # until the task hears of it, nothing can be written any more
             self._task.cancel()
 
     def data_received(self, data: bytes) -> None:

@@ -1,7 +1,7 @@
 import asyncio
 
 import pytest
-from router_wire import client, post, serving, until
+from router_wire import WAIT_S, client, post, serving, until
 
 from router.errors import ListenError
 from router.http.listener import listen
@@ -386,16 +386,17 @@ async def test_a_client_that_leaves_cancels_its_request():
         await until(lambda: not server.connections)
 
 
+class Source:
+    reading = True
+
+    def pause_reading(self) -> None:
+        self.reading = False
+
+    def resume_reading(self) -> None:
+        self.reading = True
+
+
 async def test_a_slow_client_makes_the_source_wait():
-    class Source:
-        reading = True
-
-        def pause_reading(self) -> None:
-            self.reading = False
-
-        def resume_reading(self) -> None:
-            self.reading = True
-
     source = Source()
     size = 64 * HIGH_WATER_BYTES
     gone = asyncio.Event()
@@ -414,6 +415,26 @@ async def test_a_slow_client_makes_the_source_wait():
         assert len(await c.reader.readexactly(size)) == size
         await until(lambda: source.reading)
         gone.set()
+
+
+async def test_nothing_more_is_read_for_a_client_that_left():
+    """The handler hears of it a turn of the loop later; what is written in between finds no connection."""
+    source, reading = Source(), asyncio.get_running_loop().create_future()
+
+    async def endless(request: Request, reply: Reply) -> None:
+        reply.attach(source)
+        reply.start(200, [])
+        reply.write(b"x")
+        try:
+            await asyncio.Event().wait()
+        finally:
+            reading.set_result(source.reading)
+
+    async with serving(endless) as (_, port):
+        async with client(port) as c:
+            await c.send(post("/p", b""))
+            await c.head()
+        assert not await asyncio.wait_for(reading, WAIT_S)
 
 
 async def test_stop_lets_a_reply_end_and_takes_no_more():
