@@ -9,7 +9,7 @@ import msgspec
 
 from router.errors import ApiError
 from router.http.event_watch import Ending, EventWatch, data_of
-from router.http.sse import PromptTokensDetails, Usage
+from router.http.sse import Count, PromptTokensDetails, Usage
 
 ENDING = Ending(
     whole=frozenset({b"message_stop"}),
@@ -52,10 +52,10 @@ def error_event(error: ApiError, request_id: str | None, watch: EventWatch) -> b
 class _Counts(msgspec.Struct):
     """Anthropic counts what was read from the cache or written to it apart from other input."""
 
-    input_tokens: int | None = None
-    output_tokens: int | None = None
-    cache_creation_input_tokens: int | None = None
-    cache_read_input_tokens: int | None = None
+    input_tokens: Count | None = None
+    output_tokens: Count | None = None
+    cache_creation_input_tokens: Count | None = None
+    cache_read_input_tokens: Count | None = None
 
 
 class _Message(msgspec.Struct):

@@ -69,7 +69,7 @@ async def learn(client: httpx.AsyncClient, endpoint: Endpoint) -> Replica:
         metrics = await client.get(f"{endpoint.url}/metrics")
         sources = await client.get(f"{endpoint.url}/kv_event_sources")
         source = _event_source(sources) if sources.is_success else _EventSource()
-    except (httpx.HTTPError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (httpx.HTTPError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise EngineUnreachable(
             f"{endpoint.url} does not answer as vLLM: {error or type(error).__name__}"
         ) from error
@@ -91,7 +91,7 @@ def _event_source(reply: httpx.Response) -> _EventSource:
 
 def block_size_of(metrics: str) -> int | None:
     """The KV block size from vLLM's metrics (tokens), None where it is not told."""
-    found = re.search(r'^vllm:cache_config_info\{[^}\n]*\bblock_size="(\d+)"', metrics, re.MULTILINE)
+    found = re.search(r'^vllm:cache_config_info\{[^}\n]*\bblock_size="(\d{1,9})"', metrics, re.MULTILINE)
     return int(found[1]) if found else None
 
 

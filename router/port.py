@@ -113,8 +113,17 @@ class Port:
         members = []
         for path in self._path.glob("*.json"):
             with contextlib.suppress(FileNotFoundError):  # it left meanwhile
-                members.append(msgspec.json.decode(path.read_bytes(), type=Member))
+                members.append(_read(path))
         return members
+
+
+def _read(record: Path) -> Member:
+    """Raises ListenError: a process of another version may have been killed on this port, or be there."""
+    try:
+        return msgspec.json.decode(record.read_bytes(), type=Member)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        told = f"{record} cannot be read ({error}); remove it if no router has the port"
+        raise ListenError(told) from None
 
 
 def _refuse_unless_ours(folder: Path) -> None:

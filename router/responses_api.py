@@ -17,7 +17,7 @@ import msgspec
 
 from router.errors import ApiError
 from router.http.event_watch import Ending, EventWatch, data_of
-from router.http.sse import PromptTokensDetails, Usage
+from router.http.sse import Count, PromptTokensDetails, Usage
 
 _WHOLE = frozenset({b"response.completed", b"response.incomplete"})
 _FAILED = frozenset({b"response.failed", b"error"})
@@ -53,12 +53,12 @@ def mark_in(response_id: str) -> str | None:
 
 
 class _Details(msgspec.Struct):
-    cached_tokens: int | None = None
+    cached_tokens: Count | None = None
 
 
 class _Counts(msgspec.Struct):
-    input_tokens: int = 0
-    output_tokens: int = 0
+    input_tokens: Count = 0
+    output_tokens: Count = 0
     input_tokens_details: _Details | None = None
 
 

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import logging
 import socket
+import struct
 from collections.abc import Awaitable, Callable, Iterable
 from http import HTTPStatus
 from itertools import takewhile
@@ -19,6 +20,7 @@ from typing import Protocol, cast
 
 from router.errors import ApiError, BadRequest, ClientTimeout
 from router.http.cors import METHODS, Cors
+from router.http.framing import Chunked
 from router.http.headers import Headers
 from router.http.listener import BACKLOG, listen
 from router.http.requests import Limits, Request, RequestReader
@@ -40,6 +42,8 @@ SWEEP_S = 1.0  # how often idle and slow connections are looked for
 # A client that was refused while it sends is listened to for so long: what it has not read yet would be lost
 # if its bytes met a closed socket (RFC 9112, section 9.6).
 LINGER_S = 2.0
+# With this as SO_LINGER a socket closes by a reset (socket(7)).
+RESET = struct.pack("ii", 1, 0)
 _STATUS_LINES = {s.value: f"HTTP/1.1 {s.value} {s.phrase}".encode() for s in HTTPStatus}
 
 
@@ -104,11 +108,11 @@ class Reply:
 
     @property
     def chunk_writer(self) -> Callable[[bytes], None]:
-        """Writes bytes that are one chunk already, once this reply has started."""
+        """Writes bytes that are whole chunks already, once this reply has started."""
         return self._connection.write if self._chunked else self._write_content
 
-    def _write_content(self, chunk: bytes) -> None:
-        self.write(chunk[chunk.index(b"\n") + 1 : -2])
+    def _write_content(self, chunks: bytes) -> None:
+        self.write(Chunked().feed(chunks))
 
     def end(self) -> None:
         """The body is whole; the connection takes the next request."""
@@ -139,6 +143,11 @@ class Reply:
     def close_after(self) -> None:
         """Close the connection once this reply has ended."""
         self._keep_alive = False
+
+    @property
+    def ends_at_close(self) -> bool:
+        """Whether an orderly close would tell the client that it has the whole."""
+        return self._old and self.started
 
     @property
     def keeps_connection(self) -> bool:
@@ -190,6 +199,7 @@ class Connection(asyncio.Protocol):
         self._server.connections.discard(self)
         self._server.resting.pop(self, None)
         if self._task is not None:
+            self.pause_writing()  # until the task hears of it, nothing can be written any more
             self._task.cancel()
 
     def data_received(self, data: bytes) -> None:
@@ -295,7 +305,7 @@ class Connection(asyncio.Protocol):
     def sweep(self, now: float) -> None:
         """Ends what takes too long: a client that takes nothing, a request that does not arrive."""
         if self._is_stuck(now):
-            self._transport.abort()
+            self.abort()
         elif self._refused_at is not None:
             if now - self._refused_at > LINGER_S:
                 self._transport.close()
@@ -328,6 +338,8 @@ class Connection(asyncio.Protocol):
 
     def abort(self) -> None:
         """Cuts the connection without waiting for what is unsent."""
+        if self._reply is not None and self._reply.ends_at_close and not self._transport.is_closing():
+            self._transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
         self._transport.abort()
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import msgspec
 
@@ -31,17 +32,21 @@ class StreamTooLong(ValueError):
     """One event is larger than any engine sends."""
 
 
+# What no count exceeds, and a float still holds exactly.
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+
+
 class PromptTokensDetails(msgspec.Struct):
     """Of the prompt tokens, how many needed no computing."""
 
-    cached_tokens: int | None = None
+    cached_tokens: Count | None = None
 
 
 class Usage(msgspec.Struct):
     """Token counts as an engine reports them."""
 
-    prompt_tokens: int = 0
-    completion_tokens: int | None = 0
+    prompt_tokens: Count = 0
+    completion_tokens: Count | None = 0
     prompt_tokens_details: PromptTokensDetails | None = None
 
     @property

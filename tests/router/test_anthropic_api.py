@@ -103,6 +103,7 @@ def test_a_stream_that_told_nothing_counts_nothing():
         (b'{"input_tokens":3}', None),  # count_tokens
         (b"not json", None),
         (b'{"usage":{"input_tokens":1.5}}', None),
+        (b'{"usage":{"input_tokens":-1}}', None),
     ],
 )
 def test_the_tokens_of_a_reply(reply, counts):

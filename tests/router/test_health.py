@@ -40,6 +40,7 @@ async def test_an_engine_without_events_or_metrics_is_taken_too():
         reply(b'{"data":[{}]}'),
         reply(b'{"data":[{"id":5}]}'),
         reply(b"\xff"),
+        reply(b'{"data":[{"id":"m","x":' + b"[" * 100_000),
     ],
 )
 async def test_what_is_not_vllm_is_told(models):
@@ -49,7 +50,12 @@ async def test_what_is_not_vllm_is_told(models):
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("", None), (VLLM_METRICS.decode(), 32), ('vllm:cache_config_info{block_size="None"} 1\n', None)],
+    [
+        ("", None),
+        (VLLM_METRICS.decode(), 32),
+        ('vllm:cache_config_info{block_size="None"} 1\n', None),
+        (f'vllm:cache_config_info{{block_size="{"1" * 5000}"}} 1\n', None),
+    ],
 )
 def test_block_size_of(text, size):
     assert block_size_of(text) == size

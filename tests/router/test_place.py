@@ -255,3 +255,17 @@ async def test_a_kept_connection_ends_with_a_reply_that_says_so():
             assert (headers["connection"], body) == ("close", b"first")
             assert await kept.at_end()
             await stopping
+
+
+async def test_a_record_that_cannot_be_read_is_named():
+    """Another version's, left behind by a process that was killed."""
+    router = Router("a")
+    with listener.bind(HOST, 0, shared=True) as bound:
+        router.place.port = bound.getsockname()[1]
+    port = Port(router.place.port)
+    async with port.locked():
+        record = port._path / "old.json"
+        record.write_bytes(b'{"name":"old"}')
+        with pytest.raises(ListenError, match=f"{record} cannot be read"):
+            port.members()
+        record.unlink()

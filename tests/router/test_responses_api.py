@@ -110,6 +110,7 @@ def test_the_tokens_and_the_id_of_a_stream():
         (json.dumps({"id": "r", "usage": COUNTS}).encode(), (9, 2, 8), "r"),
         (b'{"id":"r","status":"queued","usage":null}', None, "r"),
         (b'{"id":"r","usage":{"input_tokens":1,"output_tokens":2}}', (1, 2, 0), "r"),
+        (b'{"id":"r","usage":{"output_tokens":-2}}', None, None),
         (b'{"id":7}', None, None),
         (b"[]", None, None),
         (b"\xff", None, None),

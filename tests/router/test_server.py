@@ -1,7 +1,7 @@
 import asyncio
 
 import pytest
-from router_wire import client, post, serving, until
+from router_wire import WAIT_S, client, post, serving, until
 
 from router.errors import ListenError
 from router.http.listener import listen
@@ -87,6 +87,34 @@ async def test_a_stream_to_an_http_1_0_client_ends_with_the_connection():
         await c.send(b"GET /p HTTP/1.0\r\n\r\n")
         assert "transfer-encoding" not in (await c.head())[1]
         assert await c.reader.read() == b"abc"
+
+
+@pytest.mark.parametrize(
+    ("chunks", "content"), [(b"1\r\nb\r\n", b"ab"), (b"1\r\nb\r\n2\r\n\r\n\r\n", b"ab\r\n")]
+)
+async def test_an_http_1_0_client_gets_the_content_of_whole_chunks(chunks, content):
+    async def stream(request: Request, reply: Reply) -> None:
+        reply.start(200, [])
+        reply.write(b"a")
+        reply.chunk_writer(chunks)
+        reply.end()
+
+    async with serving(stream) as (_, port), client(port) as c:
+        await c.send(b"GET /p HTTP/1.0\r\n\r\n")
+        await c.head()
+        assert await c.reader.read() == content
+
+
+async def test_a_reply_that_is_cut_does_not_end_as_if_it_were_whole():
+    async def cut(request: Request, reply: Reply) -> None:
+        reply.start(200, [])
+        reply.write(b"ab")
+        reply.abort()
+
+    async with serving(cut) as (_, port), client(port) as c:
+        await c.send(b"GET /p HTTP/1.0\r\n\r\n")
+        with pytest.raises(ConnectionResetError):
+            await c.reader.read()
 
 
 LIMITS = Limits(head_bytes=1000, headers=20, body_bytes=100)
@@ -358,16 +386,17 @@ async def test_a_client_that_leaves_cancels_its_request():
         await until(lambda: not server.connections)
 
 
+class Source:
+    reading = True
+
+    def pause_reading(self) -> None:
+        self.reading = False
+
+    def resume_reading(self) -> None:
+        self.reading = True
+
+
 async def test_a_slow_client_makes_the_source_wait():
-    class Source:
-        reading = True
-
-        def pause_reading(self) -> None:
-            self.reading = False
-
-        def resume_reading(self) -> None:
-            self.reading = True
-
     source = Source()
     size = 64 * HIGH_WATER_BYTES
     gone = asyncio.Event()
@@ -386,6 +415,26 @@ async def test_a_slow_client_makes_the_source_wait():
         assert len(await c.reader.readexactly(size)) == size
         await until(lambda: source.reading)
         gone.set()
+
+
+async def test_nothing_more_is_read_for_a_client_that_left():
+    """The handler hears of it a turn of the loop later; what is written in between finds no connection."""
+    source, reading = Source(), asyncio.get_running_loop().create_future()
+
+    async def endless(request: Request, reply: Reply) -> None:
+        reply.attach(source)
+        reply.start(200, [])
+        reply.write(b"x")
+        try:
+            await asyncio.Event().wait()
+        finally:
+            reading.set_result(source.reading)
+
+    async with serving(endless) as (_, port):
+        async with client(port) as c:
+            await c.send(post("/p", b""))
+            await c.head()
+        assert not await asyncio.wait_for(reading, WAIT_S)
 
 
 async def test_stop_lets_a_reply_end_and_takes_no_more():

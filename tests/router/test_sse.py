@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.http.sse import MAX_EVENT_BYTES, EventStream, StreamTooLong
+from router.http.sse import MAX_EVENT_BYTES, EventStream, StreamTooLong, usage_of
 
 ROLE = {"index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
 
@@ -174,3 +174,8 @@ def test_usage_and_done_with_other_blanks():
     assert events.usage is not None
     assert events.usage.prompt_tokens == 3
     assert events.done
+
+
+@pytest.mark.parametrize("count", ["-1", "1" + "0" * 400, "1.5", '"7"'])
+def test_a_count_that_is_none_is_not_counted(count):
+    assert usage_of(b'{"usage":{"prompt_tokens":%b}}' % count.encode()) is None
