@@ -19,6 +19,7 @@ _ORDINARY = re.compile(
     rb'(?:,"stop_reason":null)?)(?:,"prompt_token_ids":null)?'
     rb',"token_ids":\[([0-9,]+\])\}\]\}\n\n\r\n'
 ).fullmatch
+_KEY = b'token_ids":'  # there are no other ids: a second choice's, a prompt's
 _REST = b"}]}" + _BREAKS  # what stays behind the ids
 
 MAX_BYTES = 4096  # the chunk of one token is a few hundred
@@ -37,7 +38,7 @@ def without_ids(chunk: bytes) -> tuple[bytes, bytes] | None:
         return None
     line, event, ids = match.groups()
     length = len(chunk)
-    if length >= MAX_BYTES or line != _LINE_OF[length]:
+    if length >= MAX_BYTES or line != _LINE_OF[length] or event.find(_KEY) >= 0:
         return None
     return ids, _SIZE_LINES[len(event) + _REST_SIZE] + event + _REST
 

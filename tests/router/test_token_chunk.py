@@ -97,6 +97,8 @@ OTHERS = [
         event({"delta": {"content": "a"}, "logprobs": None, "finish_reason": None, "token_ids": [5]}, usage=1)
     ),
     framed(ONE.replace(b"[5]", b'[5],"more":[6]')),
+    framed(ONE.replace(b'"choices":[', b'"choices":[{"index":1,"token_ids":[4]},')),
+    framed(ONE.replace(b'"choices":', b'"prompt_token_ids":[1],"choices":')),
     framed(b"data: [DONE]\n\n"),
 ]
 

@@ -12,6 +12,7 @@ import pytest
 from engine_wire import MODEL, KVEvents, RunningEngine, events_of, shape
 from support import eventually
 
+from router.http.token_chunk import without_ids
 from workers import demo_model
 from workers.simulated.events import wire_hash
 from workers.simulated.kv_cache import block_keys
@@ -201,6 +202,18 @@ def test_stream_and_answer_say_the_same_tokens_and_text(engine: RunningEngine) -
     assert [token for choice in choices for token in choice["token_ids"]] == body["choices"][0]["token_ids"]
     text = "".join(choice["delta"].get("content") or "" for choice in choices)
     assert text == body["choices"][0]["message"]["content"]
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
+def test_nearly_every_event_takes_the_routers_short_way(engine: RunningEngine, path: str) -> None:
+    """It knows vLLM's bytes by heart: when a release writes them otherwise, only the router's cost tells."""
+    asked = chat("tell me of the herd", 64, stream=True, return_token_ids=True, ignore_eos=True)
+    body = engine.post(path, {**asked, "prompt": "tell me of the herd"}).content
+    events = [event + b"\n\n" for event in body.split(b"\n\n") if b'"token_ids":[' in event]
+    ordinary = [event for event in events if without_ids(b"%x\r\n%b\r\n" % (len(event), event))]
+    assert len(events) > 20
+    # The others: the first of a completion, the last, and those that say nothing yet (half a character).
+    assert len(ordinary) > len(events) / 2, events[1]
 
 
 def test_forwarded_token_ids_replace_the_messages(engine: RunningEngine) -> None:
