@@ -11,13 +11,11 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from router.http.sse import Shortcut, Splitter
+from router.http.sse import DONE_DATA, ERROR_DATA, Shortcut, Splitter
 
 # How events without a name are called here: chat's chunks have none.
 DATA, DONE, ERROR = b"data", b"[DONE]", b"error"
 _EVENT = b"event:"
-_DONE_DATA = (b"data: [DONE]", b"data:[DONE]")
-_ERROR_DATA = (b'data: {"error"', b'data:{"error"')
 
 
 class _Typed(msgspec.Struct):
@@ -118,9 +116,9 @@ class EventWatch:
         at = event.find(b"\n" + _EVENT) + 1
         if at:
             return self._name(event[at:])
-        if event.startswith(_DONE_DATA):
+        if event.startswith(DONE_DATA):
             return DONE
-        if event.startswith(_ERROR_DATA):
+        if event.startswith(ERROR_DATA):
             return ERROR
         if not event.startswith(b"data:"):
             return b""  # a comment

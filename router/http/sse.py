@@ -23,9 +23,10 @@ MAX_EVENT_BYTES = 16 * 1024 * 1024
 _IDS = b'token_ids":'  # the end of `"token_ids":` and of `"prompt_token_ids":`
 _PROMPT = b'"prompt_'
 _QUOTE, _BRACKET, _COMMA = b'"],'
-_DONE = (b"data: [DONE]", b"data:[DONE]")
+# How a stream of chunks says that it is whole, and that it failed: the beginnings of such an event.
+DONE_DATA = (b"data: [DONE]", b"data:[DONE]")
+ERROR_DATA = (b'data: {"error"', b'data:{"error"')
 _NO_CHOICE = (b'"choices":[]', b'"choices": []')
-_ERROR = (b'data: {"error"', b'data:{"error"')
 
 
 class StreamTooLong(ValueError):
@@ -177,10 +178,10 @@ class EventStream:
         at = event.rfind(_IDS)
         if at >= 0:
             return self._with_ids(event, at)
-        if event.startswith(_DONE):
+        if event.startswith(DONE_DATA):
             self.done = True
             return b"" if self.error is not None else event
-        if event.startswith(_ERROR):
+        if event.startswith(ERROR_DATA):
             self.error = event.rstrip()
         elif b'"usage":' in event and (_NO_CHOICE[0] in event or _NO_CHOICE[1] in event):
             self.usage = usage_of(event[event.find(b"{") :])
