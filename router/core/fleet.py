@@ -5,14 +5,23 @@ Time comes in as `now` (seconds on any monotonic clock); nothing here waits, con
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from typing import NamedTuple
+
+from router.core.blocks import Keys, Prompt
+from router.core.kv_events import KVEvent
+from router.core.kv_index import KVIndex
+from router.core.step_model import StepModel
 
 
 @dataclass(frozen=True, slots=True)
 class Replica:
-    """One engine as membership announced it and as it described itself. `id` is new with every start."""
+    """One engine as membership announced it and as it described itself. `id` is new with every start.
+
+    `block_size` (tokens) and `num_blocks` are those of its KV cache. `hardware`: a key of step_model.PRIORS.
+    """
 
     id: str
     url: str
@@ -20,8 +29,10 @@ class Replica:
     engine: str = "unknown"
     block_size: int | None = None
     max_model_len: int | None = None
+    num_blocks: int | None = None
     kv_events: str | None = None
     kv_replay: str | None = None
+    hardware: str = "gpu"
 
 
 class State(StrEnum):
@@ -31,21 +42,84 @@ class State(StrEnum):
     DOWN = "down"
 
 
+class Trust(StrEnum):
+    """How well the router knows a replica's cache.
+
+    EXACT: its KV events, in blocks of the tokens that its engine computes. APPROXIMATE: what was sent there
+    before. LOAD: nothing.
+    """
+
+    EXACT = "exact"
+    APPROXIMATE = "approximate"
+    LOAD = "load"
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Work at a replica: requests, seconds of prefill promised, sequences decoding, tokens behind those."""
+
+    in_flight: int = 0
+    prefill_s: float = 0.0
+    decoding: int = 0
+    context: int = 0
+
+    def __add__(self, other: Load) -> Load:
+        return Load(
+            self.in_flight + other.in_flight,
+            self.prefill_s + other.prefill_s,
+            self.decoding + other.decoding,
+            self.context + other.context,
+        )
+
+
 @dataclass(slots=True)
 class Standing:
-    """How a replica stands at this moment; policies read it, only the Fleet writes it."""
+    """How a replica stands at this moment; policies read it, only the Fleet writes it.
+
+    `bit`: its place in the KV index. `key_blocks`: how many tokens one of its keys covers; 0 for text keys.
+    `elsewhere`: what the other routers have there.
+    """
 
     replica: Replica
+    steps: StepModel = field(default_factory=StepModel.of)
+    bit: int = 0
     state: State = State.READY
     since: float = 0.0
     in_flight: int = 0
     awaiting_first_token: int = 0
     finished: int = 0
     failures: int = 0
+    trust: Trust = Trust.LOAD
+    trust_reason: str = "nothing is known of its cache yet"
+    key_blocks: int = 0
+    elsewhere: Load = Load()
+    prefills: dict[int, Flight] = field(default_factory=dict)
+    prefill_s: float = 0.0
+    head_since: float = 0.0
+    decoding: int = 0
+    context: int = 0
 
     @property
     def id(self) -> str:
         return self.replica.id
+
+    def backlog_s(self, now: float) -> float:
+        """Seconds of prefill that were promised here and are not done yet, by all routers."""
+        if not self.prefills:
+            return self.elsewhere.prefill_s
+        head = next(iter(self.prefills.values()))
+        done = min(max(0.0, now - self.head_since), head.prefill_s)
+        return self.prefill_s - done + self.elsewhere.prefill_s
+
+
+class Cached(NamedTuple):
+    """Of a prompt's tokens, how many a replica has at hand, and how many more on slower tiers."""
+
+    tokens: int = 0
+    slower: int = 0
+
+
+NOTHING_CACHED = Cached()
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +128,18 @@ class View:
 
     `replicas`: the ready replicas of the request's model, in order of their ids. `turn`: how many placements
     went before. `draw`: 64 random bits. `key`: 64 bits that are the same for requests that belong together
-    (router/affinity.py); None if nothing tells, or if the policy does not ask.
+    (router/affinity.py); None if nothing tells, or if the policy does not ask. `now`: seconds, on the clock
+    of the Fleet's verbs. `num_tokens`: the prompt's, 0 where it is not known. `cached`: what each replica, by
+    its id, has of the prompt; those that have nothing are left out.
     """
 
     replicas: tuple[Standing, ...]
     turn: int = 0
     draw: int = 0
     key: int | None = None
+    now: float = 0.0
+    num_tokens: int = 0
+    cached: Mapping[str, Cached] = field(default_factory=dict)
 
     def without(self, tried: frozenset[str]) -> View:
         """The same view less the replicas that this request already failed on."""
@@ -71,10 +150,18 @@ class View:
 
 @dataclass(slots=True)
 class Flight:
-    """One request at one replica, from `started` to `finished`."""
+    """One request at one replica, from `started` to `finished`.
+
+    `cached`: what was predicted of its prompt. `prefill_s`: what its own prefill was predicted to take.
+    `expected`: keys of the blocks that it brings, until events confirm them.
+    """
 
     standing: Standing
     started_at: float
+    num_tokens: int = 0
+    cached: Cached = NOTHING_CACHED
+    prefill_s: float = 0.0
+    expected: Keys = field(default_factory=list)
     first_token_at: float | None = None
 
 
@@ -82,22 +169,29 @@ class Flight:
 class Fleet:
     """Every replica of every model. Single-threaded: only the router's event loop writes it."""
 
+    index: KVIndex = field(default_factory=KVIndex)
     _standings: dict[str, Standing] = field(default_factory=dict)
     _ready: dict[str, tuple[Standing, ...]] = field(default_factory=dict)
     _turns: int = 0
+
+    # -- replicas come, go, fail
 
     def joined(self, replica: Replica, now: float) -> None:
         """A replica can be given requests; one already known by its id keeps its standing."""
         known = self._standings.get(replica.id)
         if known is None:
-            self._standings[replica.id] = Standing(replica, since=now)
+            steps = StepModel.of(replica.hardware)
+            self._standings[replica.id] = Standing(replica, steps, self.index.join(), since=now)
         else:
             known.replica = replica
         self._ready.clear()
 
     def left(self, replica_id: str) -> None:
         """A replica is gone from the fleet; its requests in flight finish by themselves."""
-        self._standings.pop(replica_id, None)
+        standing = self._standings.pop(replica_id, None)
+        if standing is not None:
+            self.index.leave(standing.bit)
+            standing.bit = 0
         self._ready.clear()
 
     def failed(self, replica_id: str, now: float) -> bool:
@@ -113,35 +207,121 @@ class Fleet:
         standing = self._standings.get(replica_id)
         return standing is not None and self._move(standing, State.READY, now)
 
-    def started(self, replica_id: str, now: float) -> Flight:
+    # -- what replicas hold
+
+    def trusted(self, replica_id: str, trust: Trust, reason: str, key_blocks: int) -> None:
+        """How well the replica's cache is known from now on; `key_blocks` as in Standing."""
+        standing = self._standings[replica_id]
+        if (trust, key_blocks) != (standing.trust, standing.key_blocks):
+            self.index.forget(standing.bit)
+        standing.trust, standing.trust_reason, standing.key_blocks = trust, reason, key_blocks
+
+    def apply(self, replica_id: str, event: KVEvent) -> None:
+        """What a replica's cache gained or lost."""
+        standing = self._standings.get(replica_id)
+        if standing is not None:
+            self.index.apply(standing.bit, event)
+
+    def forget(self, replica_id: str) -> None:
+        """Events were lost: what the replica holds is to be learnt anew."""
+        standing = self._standings.get(replica_id)
+        if standing is not None:
+            self.index.forget(standing.bit)
+
+    # -- requests
+
+    def started(
+        self,
+        replica_id: str,
+        now: float,
+        prompt: Prompt | None = None,
+        cached: Cached = NOTHING_CACHED,
+    ) -> Flight:
         """A request was placed on the replica. Counted at once, so that the next placement sees it."""
         standing = self._standings[replica_id]
+        flight = Flight(standing, now, cached=cached)
+        if prompt is not None:
+            self._promise(flight, prompt)
+        if not standing.prefills:
+            standing.head_since = now
+        standing.prefills[id(flight)] = flight
+        standing.prefill_s += flight.prefill_s
         standing.in_flight += 1
         standing.awaiting_first_token += 1
         self._turns += 1
-        return Flight(standing, now)
+        return flight
 
     def first_token(self, flight: Flight, now: float) -> None:
         """The first output of the request was seen; later calls change nothing."""
-        if flight.first_token_at is None:
-            flight.first_token_at = now
-            flight.standing.awaiting_first_token -= 1
+        if flight.first_token_at is not None:
+            return
+        flight.first_token_at = now
+        standing = flight.standing
+        standing.steps.prefill.observe(flight.prefill_s, now - max(standing.head_since, flight.started_at))
+        self._prefilled(flight, now)
+        standing.decoding += 1
+        standing.context += flight.num_tokens
 
-    def finished(self, flight: Flight) -> None:
+    def finished(self, flight: Flight, now: float = 0.0) -> None:
         """The request is over at this replica, however it ended."""
+        standing = flight.standing
         if flight.first_token_at is None:
-            flight.standing.awaiting_first_token -= 1
-        flight.standing.in_flight -= 1
-        flight.standing.finished += 1
+            self._prefilled(flight, now)
+        else:
+            standing.decoding -= 1
+            standing.context -= flight.num_tokens
+        if flight.expected:
+            self.index.withdraw(standing.bit, flight.expected)
+        standing.in_flight -= 1
+        standing.finished += 1
 
-    def view(self, model: str, draw: int = 0, key: int | None = None) -> View:
+    def _promise(self, flight: Flight, prompt: Prompt) -> None:
+        standing, cached = flight.standing, flight.cached
+        flight.num_tokens = prompt.num_tokens
+        flight.prefill_s = standing.steps.prefill_s(prompt.num_tokens - cached.tokens, cached.tokens)
+        if standing.trust is not Trust.LOAD:
+            keys = prompt.keys(standing.key_blocks)
+            flight.expected = keys[cached.tokens // (standing.key_blocks or 1) :]
+            self.index.expect(standing.bit, flight.expected)
+
+    def _prefilled(self, flight: Flight, now: float) -> None:
+        """The request waits for no first token any more; the next one is at the head of the line."""
+        standing = flight.standing
+        standing.awaiting_first_token -= 1
+        del standing.prefills[id(flight)]
+        standing.prefill_s = standing.prefill_s - flight.prefill_s if standing.prefills else 0.0
+        standing.head_since = now
+
+    # -- what policies see
+
+    def view(
+        self,
+        model: str,
+        draw: int = 0,
+        key: int | None = None,
+        now: float = 0.0,
+        prompt: Prompt | None = None,
+    ) -> View:
         """What a policy may know to place a request for this model."""
         ready = self._ready.get(model)
         if ready is None:
             ready = self._ready[model] = tuple(
                 s for s in self if s.state is State.READY and model in s.replica.models
             )
-        return View(ready, self._turns, draw, key)
+        if prompt is None:
+            return View(ready, self._turns, draw, key, now)
+        return View(ready, self._turns, draw, key, now, prompt.num_tokens, self._cached(ready, prompt))
+
+    def _cached(self, ready: tuple[Standing, ...], prompt: Prompt) -> dict[str, Cached]:
+        found: dict[str, Cached] = {}
+        for size in {s.key_blocks for s in ready if s.trust is not Trust.LOAD}:
+            known = {s.bit: s for s in ready if s.trust is not Trust.LOAD and s.key_blocks == size}
+            for held in self.index.match(prompt.keys(size), sum(known)):
+                cached = Cached(held.blocks * size, held.slower * size)
+                for bit, standing in known.items():
+                    if bit & held.bits:
+                        found[standing.id] = cached
+        return found
 
     def models(self) -> tuple[str, ...]:
         """Every model that some replica serves, ready or not."""

@@ -16,7 +16,7 @@ from types import MappingProxyType
 
 from xxhash import xxh3_64_intdigest
 
-from router.core.fleet import Standing, View
+from router.core.fleet import NOTHING_CACHED, Cached, Standing, View
 
 # What a replica may hold in consistent_hash, times the average (Mirrokni, Thorup, Zadimoghaddam 2016,
 # "Consistent Hashing with Bounded Loads"; HAProxy's manual calls 1.25 to 2 reasonable). An engine batches, so
@@ -27,10 +27,12 @@ BALANCE = 1.5
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where a request goes, and why."""
+    """Where a request goes, and why. `costs`: what each replica of the view would have cost, in seconds."""
 
     standing: Standing
     reason: str
+    cached: Cached = NOTHING_CACHED
+    costs: tuple[float, ...] = ()
 
 
 Policy = Callable[[View], Placement | None]
@@ -101,11 +103,31 @@ def random(view: View) -> Placement | None:
     return Placement(view.replicas[view.draw % len(view.replicas)], f"drawn from {len(view.replicas)}")
 
 
+def kv_aware(view: View) -> Placement | None:
+    """The replica where the request costs least: its first token's wait, and what it holds up there."""
+    if not view.replicas:
+        return None
+    costs = tuple([_cost(standing, view) for standing in view.replicas])
+    least = min(costs)
+    cheapest = [place for place, cost in enumerate(costs) if cost == least]
+    chosen = view.replicas[cheapest[view.turn % len(cheapest)]]
+    cached = view.cached.get(chosen.id, NOTHING_CACHED)
+    return Placement(chosen, f"costs least ({least:.3f} s), {cached.tokens} tokens cached", cached, costs)
+
+
+def _cost(standing: Standing, view: View) -> float:
+    cached = view.cached.get(standing.id, NOTHING_CACHED).tokens
+    own = standing.steps.prefill_s(view.num_tokens - cached, cached)
+    return standing.backlog_s(view.now) + own * (1 + 0.1 * standing.decoding) + 1e-3 * standing.in_flight
+
+
 POLICIES: Mapping[str, Policy] = MappingProxyType(
     {
         policy.__name__: policy
-        for policy in (least_requests, power_of_two, consistent_hash, round_robin, random)
+        for policy in (kv_aware, least_requests, power_of_two, consistent_hash, round_robin, random)
     }
 )
 # Those that read `View.key`; for the others the relay computes none.
 KEYED = frozenset({consistent_hash})
+# Those that read what is cached of the prompt.
+PROMPTED = frozenset({kv_aware})

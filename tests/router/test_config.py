@@ -30,7 +30,7 @@ def test_a_model_may_have_other_names():
         ({"models": [MODEL], "router": {"port": 70000}}, "router.port: Input should be less than"),
         (
             {"models": [MODEL], "router": {"policy": "best"}},
-            "router.policy: 'best' is not a policy; known are least_requests, power_of_two, "
+            "router.policy: 'best' is not a policy; known are kv_aware, least_requests, power_of_two, "
             "consistent_hash, round_robin, random",
         ),
         (
