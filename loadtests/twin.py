@@ -83,6 +83,7 @@ class Request:
     ids: list[int]
     keys: Keys
     prompt: Prompt
+    num_prompt_tokens: int
     fresh: Iterable[int]
     outcome: Outcome | None = None
     router: Router | None = None
@@ -96,12 +97,8 @@ class Request:
         ids = list(arrival.hash_ids[: arrival.input_length // BLOCK_TOKENS])
         keys = block_keys(array("I", ids).tobytes(), 1)
         reusable = keys[: (arrival.input_length - 1) // BLOCK_TOKENS]
-        return cls(arrival, ids, keys, Prompt.of_keys(arrival.input_length, reusable, BLOCK_TOKENS), fresh)
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        """Tokens of the prompt."""
-        return self.arrival.input_length
+        prompt = Prompt.of_keys(arrival.input_length, reusable, BLOCK_TOKENS)
+        return cls(arrival, ids, keys, prompt, arrival.input_length, fresh)
 
     def key(self, block: int) -> int:
         """The key of a full block; one that has output in it is nobody else's."""

@@ -193,12 +193,13 @@ class Engine:
         block. Only for contents that end by max_tokens, since nobody asks these what they say.
         """
         most = self._num_quiet()
+        seconds = self.config.step_time.decode_seconds
         decoding = len(self._running)
-        context = sum([sequence.num_tokens for sequence in self._running.values()]) if most else 0
+        context = sum([sequence.num_tokens for sequence in self._running.values()])
         steps = 0
         while steps < most and now < until:
             # Added up step by step, so that the times are those of single steps to the last bit.
-            now += self.config.step_time.seconds(StepWork(decoding=decoding, context_tokens=context))
+            now += seconds(decoding, context)
             context += decoding
             steps += 1
         return Quiet(steps, now)
