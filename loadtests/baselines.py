@@ -11,10 +11,11 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from math import inf
+from math import ceil, inf
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from loadtests.trace import BLOCK_TOKENS
 from router.core.blocks import Keys, Prompt
 from router.core.fleet import NOTHING_CACHED, Standing, View
 from router.core.placement import (
@@ -25,6 +26,7 @@ from router.core.placement import (
     random,
     round_robin,
 )
+from router.core.step_model import STEP_TOKENS
 
 if TYPE_CHECKING:
     from loadtests.twin import Report
@@ -32,8 +34,7 @@ if TYPE_CHECKING:
 Reports = Mapping[str, "Report"]
 Baseline = Callable[[View, Prompt, Reports], Placement | None]
 
-# What one key covers in the published traces, and what routers reckon a token to be in text.
-BLOCK_TOKENS = 512
+# What routers reckon a token to be in text.
 TOKEN_CHARS = 4
 
 
@@ -239,18 +240,18 @@ class Weights:
 
 @dataclass(frozen=True, slots=True)
 class LlmdPrecise:
-    """llm-d with its `precise-prefix-cache-scorer`: prefix by KV events 2, utilisation 1, queue 1.
+    """llm-d with precise prefix scoring: by KV events 2, utilisation 1, queue 1.
 
-    The prefix score is 1 for the replica that holds most, 0 for the one that holds least of those that hold
-    any (guides/precise-prefix-cache-aware of llm-d, pkg/plugins/scorer of its scheduler).
+    The prefix score is the share of the prompt that a replica holds (guides/precise-prefix-cache-aware of
+    llm-d). Its first releases spread the scores of all holders over 0 to 1 instead, so that one shared block
+    drew every prompt to whoever held it first.
     """
 
     weights: Weights = Weights(2, 1, 1)
 
     def __call__(self, view: View, prompt: Prompt, reports: Reports) -> Placement | None:
-        holders = [s.id for s in view.replicas if cached_tokens(view, s)]
-        scores = dict(zip(holders, range_scores([view.cached[id].tokens for id in holders]), strict=True))
-        return self.weights.highest(view, reports, [scores.get(s.id, 0.0) for s in view.replicas])
+        shares = [cached_tokens(view, s) / prompt.num_tokens for s in view.replicas]
+        return self.weights.highest(view, reports, shares)
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,17 +280,20 @@ class Llmd:
 class Conductor:
     """Mooncake's conductor without its transfers (FAST'25, algorithm 1): the earliest first token.
 
-    That is the prefill promised before, plus its own, in seconds by Herd's step model.
+    That is after the prefill promised before and its own, and what else runs in those steps. What each
+    replica's step model has learnt is left out: with it, whoever seems slow gets nothing and learns nothing.
     """
 
     def __call__(self, view: View, prompt: Prompt, reports: Reports) -> Placement | None:
-        waits = [s.backlog_s(view.now) + self._own_s(view, s) for s in view.replicas]
-        return cheapest(view, waits, "earliest first token")
+        return cheapest(view, [self._ttft_s(view, s) for s in view.replicas], "earliest first token")
 
     @staticmethod
-    def _own_s(view: View, standing: Standing) -> float:
-        cached = cached_tokens(view, standing)
-        return standing.steps.prefill_s(view.num_tokens - cached, cached)
+    def _ttft_s(view: View, standing: Standing) -> float:
+        model, cached = standing.steps, cached_tokens(view, standing)
+        prefill = standing.backlog_s(view.now) + model.prefill_s(view.num_tokens - cached, cached)
+        steps = ceil(prefill_tokens(view, standing) / STEP_TOKENS)
+        others = steps * model.step_s(standing.decoding, standing.context)
+        return prefill / model.prefill.value + others / model.decode.value
 
 
 class LMetric:

@@ -257,7 +257,9 @@ def test_lmetric(loads, waiting, cached, chosen):
 )
 def test_conductor(waiting, cached, chosen):
     assert choice(Conductor(), view([0, 0], cached, waiting=waiting)) == chosen
-    busy = view([0, 0], cached, waiting=waiting, decoding={i: [50] * 9 for i in range(2) if f"r{i}" == chosen})
+    busy = view(
+        [0, 0], cached, waiting=waiting, decoding={i: [50] * 9 for i in range(2) if f"r{i}" == chosen}
+    )
     assert choice(Conductor(), busy) == chosen, "what decodes there does not count"
 
 
@@ -273,11 +275,10 @@ def report(waiting=0, usage=0.0):
     [
         ({1: 4}, {}, "r1"),
         ({1: 4, 2: 5}, {}, "r2"),
-        ({0: 1}, {"r0": report(usage=0.9)}, "r0"),  # 2 against 0.9 of usage
-        ({0: 1}, {"r0": report(9, usage=0.9)}, "r0"),  # 2 against 1.9
-        ({0: 1}, {"r0": report(9, usage=1.0)}, "r1"),  # even: by chance
-        ({0: 4, 1: 8}, {"r1": report(1, usage=1.0)}, "r0"),
-        ({0: 3, 1: 4}, {"r1": report(1, usage=0.9)}, "r1"),  # the least holder scores 0, however much it has
+        ({0: 4}, {"r0": report(usage=0.7)}, "r0"),  # twice 0.4 against 0.7 of usage
+        ({0: 4}, {"r0": report(usage=0.9), "r2": report(usage=0.1)}, "r1"),
+        ({0: 10}, {"r0": report(1, usage=0.9)}, "r0"),  # 2 against 0.9, and 1 for the shorter queue
+        ({0: 9}, {"r0": report(1, usage=0.9), "r2": report(usage=0.1)}, "r1"),
         ({0: 4, 1: 4}, {"r1": report(1)}, "r0"),
         ({}, {"r0": report(1), "r1": report(2)}, "r2"),
         ({}, {"r0": report(usage=0.1), "r1": report(usage=0.2), "r2": report(usage=0.3)}, "r0"),
