@@ -24,7 +24,7 @@ from loadtests.virtual import Report, Server, Timeline
 from router.core import placement
 from router.core.blocks import Keys, Prompt, block_keys
 from router.core.fleet import NOTHING_CACHED, Fleet, Flight, Load, Replica, Standing, Trust, View
-from router.core.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, KVEvent
+from router.core.kv_events import AllBlocksCleared, BlockHash, BlockRemoved, BlockStored, KVEvent
 from router.core.placement import Placement
 from workers.simulated.core import EngineConfig, Step
 from workers.simulated.kv_cache import CacheEvent, Removed, Stored
@@ -281,7 +281,7 @@ def typed(events: Iterable[CacheEvent]) -> list[KVEvent]:
     told: list[KVEvent] = []
     for kind, group in groupby(events, type):
         if kind is Removed:
-            told.append(BlockRemoved([cast(Removed, event).key for event in group]))
+            told.append(BlockRemoved([cast(BlockHash, cast(Removed, event).key) for event in group]))
         elif kind is Stored:
             told += [_stored(cast(Stored, event)) for event in group]
         else:
@@ -293,4 +293,4 @@ def _stored(event: Stored) -> BlockStored:
     content = cast(Content, event.owner)
     blocks = slice(event.first, event.first + event.count)
     parent = content.keys[event.first - 1] if event.first else None
-    return BlockStored(content.keys[blocks], content.ids[blocks], 1, parent)
+    return BlockStored(cast(list[BlockHash], content.keys[blocks]), content.ids[blocks], 1, parent)
