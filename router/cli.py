@@ -184,6 +184,73 @@ def route(
         sys.exit(run_several([*worker_urls, *more_urls], settings, say=click.echo))
 
 
+@main.command()
+@click.option(
+    "--trace",
+    required=True,
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    help="Requests to replay: Mooncake's JSONL, or that gzipped.",
+)
+@click.option(
+    "--fleet",
+    required=True,
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    help="A fleet file with one model on simulated engines, such as deploy/sim-8b.yaml.",
+)
+@click.option(
+    "--policy",
+    "policies",
+    multiple=True,
+    metavar="NAME",
+    help="How a replica is chosen; give several to compare them.  [default: the fleet's]",
+)
+@click.option(
+    "--speed",
+    type=click.FloatRange(min=0, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Replay the trace so many times as fast.",
+)
+@click.option("--seed", default=0, show_default=True, help="Another seed spreads and draws otherwise.")
+@click.option("--routers", type=click.IntRange(min=1), help="Router processes.  [default: the fleet's]")
+@click.option("--replicas", type=click.IntRange(min=1), help="How many engines.  [default: the fleet's]")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def simulate(
+    trace: Path,
+    fleet: Path,
+    policies: tuple[str, ...],
+    speed: float,
+    seed: int,
+    routers: int | None,
+    replicas: int | None,
+    as_json: bool,
+) -> None:
+    """Replay a trace of requests against a fleet in virtual time: half an hour of traffic in seconds.
+
+    The router's own code places the requests, on engines whose cache and clock are modelled. The same seed
+    gives the same result.
+    """
+    from rich.console import Console
+
+    from loadtests import simulate as twin
+
+    simulated = twin.fleet_of(fleet, replicas, routers)
+    chosen = policies or (simulated.policy,)
+    twin.check(chosen)
+    arrivals = twin.arrivals_of(trace, speed, seed)
+    results = []
+    for name in chosen:
+        with Console(stderr=True).status(f"{name} ..."):
+            results.append(twin.Result.of(name, arrivals, simulated, seed))
+    if as_json:
+        click.echo(twin.as_json(trace.name, speed, seed, simulated, results))
+        return
+    out = Console(highlight=False)
+    out.print(twin.title(trace.name, arrivals, simulated), end="\n\n")
+    out.print(twin.report(results))
+    out.print(f"\n{twin.NOTE}", style="dim")
+
+
 @main.group()
 def engine() -> None:
     """Run one engine by itself."""
