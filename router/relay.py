@@ -219,7 +219,7 @@ class Relay:
             with await upstream.exchange(message) as exchange:
                 await self._pass_on(journey, exchange)
         finally:
-            self._fleet.finished(journey.flight)
+            self._fleet.finished(journey.flight, loop.time())
 
     async def _pass_on(self, journey: Journey, exchange: Exchange) -> None:
         call, flight = journey.call, journey.flight

@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 from xxhash import xxh3_64_intdigest
 
 TOKEN_BYTES = 4  # token ids travel as little-endian uint32, the form that fastokens gives and arrays keep
-# Text keys stand in for block keys where there is no tokenizer: one for so many bytes of the request.
+# Text keys stand in for block keys where there is no tokenizer: one for so many bytes of the request. English
+# has four bytes a token.
 TEXT_BLOCK_BYTES = 256
+TEXT_BLOCK_TOKENS = 64
 
 Keys = list[int]
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import NamedTuple
 
-from router.core.blocks import Keys, Prompt
+from router.core.blocks import TEXT_BLOCK_TOKENS, Keys, Prompt
 from router.core.kv_events import KVEvent
 from router.core.kv_index import KVIndex
 from router.core.step_model import StepModel
@@ -20,7 +20,7 @@ from router.core.step_model import StepModel
 class Replica:
     """One engine as membership announced it and as it described itself. `id` is new with every start.
 
-    `block_size` (tokens) and `num_blocks` are those of its KV cache. `hardware`: a key of step_model.PRIORS.
+    `block_size` (tokens) and `num_blocks` are those of its KV cache.
     """
 
     id: str
@@ -32,7 +32,6 @@ class Replica:
     num_blocks: int | None = None
     kv_events: str | None = None
     kv_replay: str | None = None
-    hardware: str = "gpu"
 
 
 class State(StrEnum):
@@ -93,8 +92,9 @@ class Standing:
     trust_reason: str = "nothing is known of its cache yet"
     key_blocks: int = 0
     elsewhere: Load = Load()
-    prefills: dict[int, Flight] = field(default_factory=dict)
-    prefill_s: float = 0.0
+    prefills: dict[int, Flight] = field(default_factory=dict)  # in order of their start
+    prefill_s: float = 0.0  # of all of them
+    prefilled_s: float = 0.0  # of all that were before
     head_since: float = 0.0
     decoding: int = 0
     context: int = 0
@@ -104,22 +104,48 @@ class Standing:
         return self.replica.id
 
     def backlog_s(self, now: float) -> float:
-        """Seconds of prefill that were promised here and are not done yet, by all routers."""
+        """Seconds of prefill that were promised here, by all routers, and are not done yet."""
         if not self.prefills:
             return self.elsewhere.prefill_s
         head = next(iter(self.prefills.values()))
-        done = min(max(0.0, now - self.head_since), head.prefill_s)
+        done = min(max(0.0, now - self.head_since), head.forecast.prefill_s)
         return self.prefill_s - done + self.elsewhere.prefill_s
+
+    def step_s(self) -> float:
+        """Seconds of a step that only decodes, with all that decode here now."""
+        others = self.elsewhere
+        return self.steps.step_s(self.decoding + others.decoding, self.context + others.context)
+
+    def forecast(self, num_tokens: int, cached: Cached, now: float) -> Forecast:
+        """What a prompt of so many tokens would meet here."""
+        before = cached.tokens + cached.slower
+        prefill = self.steps.prefill_s(num_tokens - before, before) + self.steps.loading_s(cached.slower)
+        backlog = self.backlog_s(now)
+        step = self.step_s()
+        return Forecast(backlog, prefill, step, self.steps.first_token_s(backlog + prefill, step))
 
 
 class Cached(NamedTuple):
-    """Of a prompt's tokens, how many a replica has at hand, and how many more on slower tiers."""
+    """Of a prompt's tokens, how many a replica has at hand, and how many more on slower tiers.
+
+    `blocks`: how many of the prompt's keys these are, on whatever tier.
+    """
 
     tokens: int = 0
     slower: int = 0
+    blocks: int = 0
 
 
 NOTHING_CACHED = Cached()
+
+
+class Forecast(NamedTuple):
+    """Seconds: of prefill ahead of a request, of its own prefill, of a step there, until its first token."""
+
+    backlog_s: float
+    prefill_s: float
+    step_s: float
+    ttft_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,16 +178,17 @@ class View:
 class Flight:
     """One request at one replica, from `started` to `finished`.
 
-    `cached`: what was predicted of its prompt. `prefill_s`: what its own prefill was predicted to take.
-    `expected`: keys of the blocks that it brings, until events confirm them.
+    `cached` and `forecast`: what was predicted. `expected`: keys of the blocks that it brings, until events
+    confirm them. `prefilled_s`: what the replica had prefilled when this one's first token came.
     """
 
     standing: Standing
     started_at: float
-    num_tokens: int = 0
-    cached: Cached = NOTHING_CACHED
-    prefill_s: float = 0.0
+    num_tokens: int
+    cached: Cached
+    forecast: Forecast
     expected: Keys = field(default_factory=list)
+    prefilled_s: float = 0.0
     first_token_at: float | None = None
 
 
@@ -180,7 +207,7 @@ class Fleet:
         """A replica can be given requests; one already known by its id keeps its standing."""
         known = self._standings.get(replica.id)
         if known is None:
-            steps = StepModel.of(replica.hardware)
+            steps = StepModel.of(replica.engine)
             self._standings[replica.id] = Standing(replica, steps, self.index.join(), since=now)
         else:
             known.replica = replica
@@ -239,13 +266,15 @@ class Fleet:
     ) -> Flight:
         """A request was placed on the replica. Counted at once, so that the next placement sees it."""
         standing = self._standings[replica_id]
-        flight = Flight(standing, now, cached=cached)
-        if prompt is not None:
-            self._promise(flight, prompt)
+        num_tokens = prompt.num_tokens if prompt is not None else 0
+        flight = Flight(standing, now, num_tokens, cached, standing.forecast(num_tokens, cached, now))
+        if prompt is not None and standing.trust is not Trust.LOAD:
+            flight.expected = prompt.keys(standing.key_blocks)[cached.blocks :]
+            self.index.expect(standing.bit, flight.expected)
         if not standing.prefills:
             standing.head_since = now
         standing.prefills[id(flight)] = flight
-        standing.prefill_s += flight.prefill_s
+        standing.prefill_s += flight.forecast.prefill_s
         standing.in_flight += 1
         standing.awaiting_first_token += 1
         self._turns += 1
@@ -256,18 +285,24 @@ class Fleet:
         if flight.first_token_at is not None:
             return
         flight.first_token_at = now
-        standing = flight.standing
-        standing.steps.prefill.observe(flight.prefill_s, now - max(standing.head_since, flight.started_at))
+        standing, forecast = flight.standing, flight.forecast
+        prefill = forecast.backlog_s + forecast.prefill_s
+        standing.steps.observe_first_token(forecast.ttft_s, prefill, now - flight.started_at)
         self._prefilled(flight, now)
+        standing.prefilled_s += forecast.prefill_s
+        flight.prefilled_s = standing.prefilled_s
         standing.decoding += 1
         standing.context += flight.num_tokens
 
-    def finished(self, flight: Flight, now: float = 0.0) -> None:
+    def finished(self, flight: Flight, now: float, output_tokens: int = 0) -> None:
         """The request is over at this replica, however it ended."""
         standing = flight.standing
         if flight.first_token_at is None:
             self._prefilled(flight, now)
         else:
+            # Had the replica not prefilled for others meanwhile, decoding would have taken so long.
+            decoding_s = now - flight.first_token_at - (standing.prefilled_s - flight.prefilled_s)
+            standing.steps.observe_stream(output_tokens - 1, standing.step_s(), decoding_s)
             standing.decoding -= 1
             standing.context -= flight.num_tokens
         if flight.expected:
@@ -275,21 +310,14 @@ class Fleet:
         standing.in_flight -= 1
         standing.finished += 1
 
-    def _promise(self, flight: Flight, prompt: Prompt) -> None:
-        standing, cached = flight.standing, flight.cached
-        flight.num_tokens = prompt.num_tokens
-        flight.prefill_s = standing.steps.prefill_s(prompt.num_tokens - cached.tokens, cached.tokens)
-        if standing.trust is not Trust.LOAD:
-            keys = prompt.keys(standing.key_blocks)
-            flight.expected = keys[cached.tokens // (standing.key_blocks or 1) :]
-            self.index.expect(standing.bit, flight.expected)
-
     def _prefilled(self, flight: Flight, now: float) -> None:
         """The request waits for no first token any more; the next one is at the head of the line."""
         standing = flight.standing
         standing.awaiting_first_token -= 1
         del standing.prefills[id(flight)]
-        standing.prefill_s = standing.prefill_s - flight.prefill_s if standing.prefills else 0.0
+        standing.prefill_s -= flight.forecast.prefill_s
+        if not standing.prefills:
+            standing.prefill_s = 0.0  # what is left is rounding
         standing.head_since = now
 
     # -- what policies see
@@ -316,8 +344,9 @@ class Fleet:
         found: dict[str, Cached] = {}
         for size in {s.key_blocks for s in ready if s.trust is not Trust.LOAD}:
             known = {s.bit: s for s in ready if s.trust is not Trust.LOAD and s.key_blocks == size}
+            tokens = size or TEXT_BLOCK_TOKENS
             for held in self.index.match(prompt.keys(size), sum(known)):
-                cached = Cached(held.blocks * size, held.slower * size)
+                cached = Cached(held.blocks * tokens, held.slower * tokens, held.blocks + held.slower)
                 for bit, standing in known.items():
                     if bit & held.bits:
                         found[standing.id] = cached

@@ -24,6 +24,9 @@ from router.core.fleet import NOTHING_CACHED, Cached, Standing, View
 # sends 22 % away from their home, 1.5 sends 9 %.
 BALANCE = 1.5
 
+# A second that a stream waits between two tokens, in seconds of waiting for a first one.
+HARM = 0.1
+
 
 @dataclass(frozen=True, slots=True)
 class Placement:
@@ -116,9 +119,10 @@ def kv_aware(view: View) -> Placement | None:
 
 
 def _cost(standing: Standing, view: View) -> float:
-    cached = view.cached.get(standing.id, NOTHING_CACHED).tokens
-    own = standing.steps.prefill_s(view.num_tokens - cached, cached)
-    return standing.backlog_s(view.now) + own * (1 + 0.1 * standing.decoding) + 1e-3 * standing.in_flight
+    """Seconds until the first token, and the seconds that those who decode there wait for its prefill."""
+    cached = view.cached.get(standing.id, NOTHING_CACHED)
+    forecast = standing.forecast(view.num_tokens, cached, view.now)
+    return forecast.ttft_s + HARM * forecast.prefill_s * (standing.decoding + standing.elsewhere.decoding)
 
 
 POLICIES: Mapping[str, Policy] = MappingProxyType(

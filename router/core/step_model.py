@@ -8,7 +8,7 @@ decoding, are learnt online, because wrong constants cost more than wrong polici
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import exp, log
 from types import MappingProxyType
 
@@ -17,43 +17,49 @@ STEP_TOKENS = 8192
 # An observation moves the factor by at most so much, however far it lies off: the first ones fast, later ones
 # slowly. So an outlier is one small step, as it is for a median.
 FIRST_MOVE, LEAST_MOVE = 1.5, 0.02
+# Of a shorter stream, the time is mostly chance: in which step it began and ended.
+LEAST_TOKENS = 8
 
 
 @dataclass(frozen=True, slots=True)
 class StepCosts:
-    """Coefficients in seconds: step, prefill token, decoding sequence, context token, attention pair."""
+    """Coefficients in seconds: a step, a prefill token, a decoding sequence, a token that it attends to, a
+    pair of tokens in prefill's attention, a token's KV that is loaded from a slower tier."""
 
     step: float
     prefill: float
     sequence: float
     context: float
-    attention: float = 0.0
+    attention: float
+    loading: float
 
 
-# Roofline estimates for an 8B model on one H100, and what the 26M demo model does on one CPU core
-# (0.75 ms a prefill token, 8 ms a token); the factors take care of the rest.
+# Roofline estimates for an 8B model on one H100, whose 128 KiB of KV a token come over PCIe at 25 GB/s; the
+# factors take care of other models and machines.
+GPU = StepCosts(6e-3, 33e-6, 45e-6, 5.6e-8, 1.3e-9, 5e-6)
+# By the kind of engine. On a CPU: what a 26M model does on one core.
 PRIORS: Mapping[str, StepCosts] = MappingProxyType(
-    {
-        "gpu": StepCosts(6e-3, 33e-6, 45e-6, 5.6e-8, 1.3e-9),
-        "cpu": StepCosts(8e-3, 7.5e-4, 5e-4, 1e-7, 1e-8),
-    }
+    {"vllm": GPU, "simulated": GPU, "vllm-cpu": StepCosts(8e-3, 7.5e-4, 5e-4, 1e-7, 1e-8, 5e-6)}
 )
 
 
 @dataclass(slots=True)
 class Factor:
-    """A factor on predictions, learnt from pairs of what was predicted and what was observed."""
+    """A factor on predictions, learnt from pairs of what was predicted and what was observed.
+
+    It follows the median of their ratio: each pair moves it a step up or down, and no further.
+    """
 
     value: float = 1.0
     observations: int = 0
 
     def observe(self, predicted: float, observed: float) -> None:
-        """One observation, predicted with the factor as it is."""
+        """One pair, in seconds, predicted with the factor as it is."""
         if predicted <= 0 or observed <= 0:
             return
         self.observations += 1
         most = max(LEAST_MOVE, FIRST_MOVE / self.observations)
-        self.value *= exp(max(-most, min(most, log(observed / predicted))))
+        self.value *= exp(max(-most, min(most, log(observed) - log(predicted))))
 
 
 @dataclass(slots=True)
@@ -61,20 +67,41 @@ class StepModel:
     """The step times of one replica."""
 
     prior: StepCosts
-    prefill: Factor
-    decode: Factor
+    prefill: Factor = field(default_factory=Factor)
+    decode: Factor = field(default_factory=Factor)
 
     @classmethod
-    def of(cls, kind: str = "gpu") -> StepModel:
-        """As it is before anything was observed; `kind`: a key of PRIORS."""
-        return cls(PRIORS.get(kind, PRIORS["gpu"]), Factor(), Factor())
+    def of(cls, engine: str = "vllm") -> StepModel:
+        """As it is before anything was observed; of an unknown kind of engine, as of vLLM."""
+        return cls(PRIORS.get(engine, GPU))
 
-    def prefill_s(self, new: int, cached: int) -> float:
-        """Seconds to prefill `new` tokens behind `cached` ones, without what each step costs anyway."""
+    def prefill_s(self, new: int, before: int = 0) -> float:
+        """Seconds to prefill `new` tokens that stand behind others, without what each step costs anyway."""
         prior = self.prior
-        return self.prefill.value * new * (prior.prefill + prior.attention * (cached + new / 2))
+        return self.prefill.value * new * (prior.prefill + prior.attention * (before + new / 2))
 
     def step_s(self, decoding: int, context: int) -> float:
         """Seconds of a step that decodes so many sequences with so many tokens behind them, all together."""
         prior = self.prior
         return self.decode.value * (prior.step + prior.sequence * decoding + prior.context * context)
+
+    def loading_s(self, tokens: int) -> float:
+        """Seconds to load the KV of so many tokens from a slower tier."""
+        return self.prior.loading * tokens
+
+    def first_token_s(self, prefill: float, step: float) -> float:
+        """Seconds until a line of so many seconds of prefill is done: each step of it decodes as well."""
+        return prefill + step * (1 + prefill / self.prefill_s(STEP_TOKENS))
+
+    def observe_first_token(self, predicted: float, prefill: float, observed: float) -> None:
+        """A first token that was `predicted` to take so long, `prefill` of it for prefilling.
+
+        Where little of it is prefill it tells little of prefill.
+        """
+        if prefill > predicted / 2:
+            self.prefill.observe(predicted, observed)
+
+    def observe_stream(self, num_tokens: int, step: float, decoding_s: float) -> None:
+        """A stream's tokens after the first, and what they took beside prefills; `step` predicted of one."""
+        if num_tokens >= LEAST_TOKENS:
+            self.decode.observe(step * num_tokens, decoding_s)

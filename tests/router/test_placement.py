@@ -237,13 +237,13 @@ def test_a_flight_is_counted_until_it_ends():
     fleet.first_token(flight, now=2.0)
     fleet.first_token(flight, now=3.0)
     assert (standing.in_flight, standing.awaiting_first_token, flight.first_token_at) == (1, 0, 2.0)
-    fleet.finished(flight)
+    fleet.finished(flight, now=4.0)
     assert (standing.in_flight, standing.awaiting_first_token, standing.finished) == (0, 0, 1)
 
 
 def test_a_flight_that_never_gave_a_token_leaves_nothing_behind():
     fleet = fleet_of([0])
-    fleet.finished(fleet.started("r0", now=1.0))
+    fleet.finished(fleet.started("r0", now=1.0), now=2.0)
     assert (fleet.get("r0").in_flight, fleet.get("r0").awaiting_first_token) == (0, 0)
 
 
@@ -252,7 +252,7 @@ def test_a_flight_outlives_its_replica():
     flight = fleet.started("r0", now=1.0)
     fleet.left("r0")
     fleet.first_token(flight, now=2.0)
-    fleet.finished(flight)
+    fleet.finished(flight, now=4.0)
     assert list(fleet) == []
     assert fleet.view("m").replicas == ()
 

@@ -1,0 +1,134 @@
+"""What the fleet remembers of requests under way, and what it forecasts from that."""
+
+from array import array
+
+import pytest
+
+from router.core.blocks import TEXT_BLOCK_BYTES, TEXT_BLOCK_TOKENS, Prompt
+from router.core.fleet import Cached, Fleet, Load, Replica, Trust
+from router.core.kv_events import BlockStored
+
+BLOCK = 16
+
+
+@pytest.fixture
+def fleet():
+    fleet = Fleet()
+    for id in ("r0", "r1"):
+        fleet.joined(Replica(id, f"http://{id}", ("m",), block_size=BLOCK), now=0.0)
+        fleet.trusted(id, Trust.EXACT, "proven", BLOCK)
+    return fleet
+
+
+def ids(count):
+    return array("I", range(count)).tobytes()
+
+
+def prompt_of(tokens):
+    return Prompt(tokens, ids(tokens))
+
+
+def stored(blocks):
+    return BlockStored(list(range(1, blocks + 1)), list(range(blocks * BLOCK)), BLOCK)
+
+
+def cached(fleet, prompt):
+    return fleet.view("m", now=0.0, prompt=prompt).cached
+
+
+def test_what_events_told_is_seen_in_the_view(fleet):
+    fleet.apply("r1", stored(blocks=3))
+    assert cached(fleet, prompt_of(100)) == {"r1": Cached(48, 0, 3)}
+
+
+def test_the_last_token_is_always_computed(fleet):
+    fleet.apply("r1", stored(blocks=3))
+    assert cached(fleet, prompt_of(48)) == {"r1": Cached(32, 0, 2)}
+
+
+def test_what_was_just_placed_counts_at_once_until_it_ends(fleet):
+    prompt = prompt_of(100)
+    flight = fleet.started("r0", 0.0, prompt)
+    assert cached(fleet, prompt) == {"r0": Cached(96, 0, 6)}
+    fleet.finished(flight, now=1.0)
+    assert cached(fleet, prompt) == {}
+
+
+def test_what_events_confirmed_outlives_the_request(fleet):
+    prompt = prompt_of(100)
+    flight = fleet.started("r0", 0.0, prompt)
+    fleet.apply("r0", stored(blocks=2))
+    fleet.finished(flight, now=1.0)
+    assert cached(fleet, prompt) == {"r0": Cached(32, 0, 2)}
+
+
+def test_nothing_is_known_of_a_replica_that_is_not_trusted(fleet):
+    fleet.apply("r0", stored(blocks=3))
+    fleet.trusted("r0", Trust.LOAD, "its cache is off", 0)
+    assert cached(fleet, prompt_of(100)) == {}
+
+
+def test_without_a_tokenizer_text_is_matched(fleet):
+    fleet.trusted("r0", Trust.APPROXIMATE, "no tokenizer", 0)
+    said = Prompt(300, text=b"x" * 5 * TEXT_BLOCK_BYTES)
+    fleet.started("r0", 0.0, said)
+    assert cached(fleet, Prompt(400, text=said.text + b"more")) == {"r0": Cached(5 * TEXT_BLOCK_TOKENS, 0, 5)}
+
+
+def test_prefill_is_promised_then_done_then_decoded(fleet):
+    standing = fleet.get("r0")
+    first = fleet.started("r0", 0.0, prompt_of(8000))
+    second = fleet.started("r0", 0.0, prompt_of(8000), Cached(4000, 0, 250))
+    own = [flight.forecast.prefill_s for flight in (first, second)]
+    assert own[0] > own[1] > 0
+    assert second.forecast.backlog_s == pytest.approx(own[0])
+    assert standing.backlog_s(0.1) == pytest.approx(sum(own) - 0.1)
+    assert standing.backlog_s(100.0) == pytest.approx(own[1])  # the head may be late; no more than it is done
+    fleet.first_token(first, now=0.3)
+    assert standing.backlog_s(0.3) == pytest.approx(own[1])
+    assert (standing.decoding, standing.context) == (1, 8000)
+    fleet.finished(first, now=9.0)
+    fleet.finished(second, now=9.0)
+    assert (standing.decoding, standing.context, standing.backlog_s(9.0)) == (0, 0, 0.0)
+
+
+def test_the_load_of_other_routers_counts(fleet):
+    standing = fleet.get("r0")
+    alone = standing.forecast(1000, Cached(), now=0.0)
+    standing.elsewhere = Load(in_flight=20, prefill_s=0.5, decoding=19, context=50_000)
+    beside = standing.forecast(1000, Cached(), now=0.0)
+    assert beside.backlog_s == 0.5
+    assert beside.step_s > alone.step_s
+    assert beside.ttft_s > alone.ttft_s + 0.5
+
+
+def test_a_slower_tier_costs_loading_not_computing(fleet):
+    standing = fleet.get("r0")
+    cold, loaded, warm = (
+        standing.forecast(10_000, cached, 0.0).prefill_s
+        for cached in (Cached(), Cached(0, 8000, 500), Cached(8000, 0, 500))
+    )
+    assert warm < loaded < cold
+
+
+def test_the_step_model_learns_from_what_came_true(fleet):
+    flight = fleet.started("r0", 0.0, prompt_of(8000))
+    fleet.first_token(flight, now=2 * flight.forecast.ttft_s)
+    steps = fleet.get("r0").steps
+    assert steps.prefill.value == pytest.approx(2.0)
+    step = fleet.get("r0").step_s()
+    fleet.finished(flight, now=2 * flight.forecast.ttft_s + 3 * step * 100, output_tokens=101)
+    assert steps.decode.value == pytest.approx(3.0)
+    assert fleet.get("r1").steps.prefill.value == 1
+
+
+def test_what_was_prefilled_for_others_is_no_fault_of_decoding(fleet):
+    first = fleet.started("r0", 0.0, prompt_of(16))
+    fleet.first_token(first, now=0.01)
+    step = fleet.get("r0").step_s()
+    other = fleet.started("r0", 0.01, prompt_of(8000))
+    fleet.first_token(other, now=0.01 + other.forecast.ttft_s)
+    fleet.finished(other, now=1.0)
+    prefilled = fleet.get("r0").prefilled_s - first.prefilled_s
+    fleet.finished(first, now=0.01 + 100 * step + prefilled, output_tokens=101)
+    assert fleet.get("r0").steps.decode.value == pytest.approx(1.0)
