@@ -21,6 +21,7 @@ class Replica:
     """One engine as membership announced it and as it described itself. `id` is new with every start.
 
     `block_size` (tokens) and `num_blocks` are those of its KV cache.
+    `prefix_caching`: it keeps what it computed. `ranks`: data-parallel engines, each with a cache of its own.
     """
 
     id: str
@@ -32,6 +33,8 @@ class Replica:
     num_blocks: int | None = None
     kv_events: str | None = None
     kv_replay: str | None = None
+    prefix_caching: bool = True
+    ranks: int = 1
 
 
 class State(StrEnum):
