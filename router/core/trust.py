@@ -127,8 +127,8 @@ class Bucket(NamedTuple):
     full: int
 
 
-# Tells 1 % of unexplained misses from 30 %: ln(0.3/0.01) to ln(0.99/0.7) is 10 to 1. Five in a row fill it, at
-# 30 % it takes 22 predictions, at 1 % e^17.
+# Tells 1 % of unexplained misses from 30 %: ln(0.3/0.01) to ln(0.99/0.7) is 10 to 1. Five in a row fill it;
+# at 30 % it takes 22 predictions, at 1 % e^17.
 EXACTLY = Bucket(10, 1, 50)
 # By history: no engine owes it anything, so it is given up only where four of five predictions are wrong.
 BY_HISTORY = Bucket(1, 4, 20)
