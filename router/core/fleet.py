@@ -79,6 +79,7 @@ class Standing:
     """How a replica stands at this moment; policies read it, only the Fleet writes it.
 
     `bit`: its place in the KV index. `key_blocks`: how many tokens one of its keys covers; 0 for text keys.
+    `takes_ids`: its engine renders and tokenises as the router does, so the router's token ids may be sent.
     `elsewhere`: what the other routers have there.
     """
 
@@ -94,6 +95,7 @@ class Standing:
     trust: Trust = Trust.LOAD
     trust_reason: str = "nothing is known of its cache yet"
     key_blocks: int = 0
+    takes_ids: bool = False
     elsewhere: Load = Load()
     prefills: dict[int, Flight] = field(default_factory=dict)  # in order of their start
     prefill_s: float = 0.0  # of all of them
@@ -239,12 +241,15 @@ class Fleet:
 
     # -- what replicas hold
 
-    def trusted(self, replica_id: str, trust: Trust, reason: str, key_blocks: int) -> None:
-        """How well the replica's cache is known from now on; `key_blocks` as in Standing."""
+    def trusted(
+        self, replica_id: str, trust: Trust, reason: str, key_blocks: int, takes_ids: bool = False
+    ) -> None:
+        """How well the replica's cache is known from now on; `key_blocks` and `takes_ids` as in Standing."""
         standing = self._standings[replica_id]
         if (trust, key_blocks) != (standing.trust, standing.key_blocks):
             self.index.forget(standing.bit)
-        standing.trust, standing.trust_reason, standing.key_blocks = trust, reason, key_blocks
+        standing.trust, standing.trust_reason = trust, reason
+        standing.key_blocks, standing.takes_ids = key_blocks, takes_ids
 
     def apply(self, replica_id: str, event: KVEvent) -> None:
         """What a replica's cache gained or lost."""

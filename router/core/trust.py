@@ -71,6 +71,13 @@ PROVEN = "its tokens, its events and what it reports agree with the router"
 UNVERIFIED = "its tokens and its events agree with the router; it does not report cached tokens"
 
 
+def trust_with(gravest: Doubt | None) -> Trust:
+    """How far trust goes with such a doubt."""
+    if gravest is None:
+        return Trust.EXACT
+    return Trust.LOAD if gravest in TO_LOAD else Trust.APPROXIMATE
+
+
 class Verdict(NamedTuple):
     """How well a replica's cache is known, and why not better.
 
@@ -226,13 +233,13 @@ class Record:
     @property
     def verdict(self) -> Verdict:
         """The sum of it."""
-        if not self._doubts:
-            reason = UNVERIFIED if self.reports is False else PROVEN
-            return Verdict(Trust.EXACT, reason, self.block_size, True, None)
         standing = [doubt for doubt in Doubt if doubt in self._doubts]
-        trust = Trust.APPROXIMATE if TO_LOAD.isdisjoint(standing) else Trust.LOAD
+        gravest = standing[0] if standing else None
         reason = "; ".join(self._doubts[doubt] for doubt in standing)
-        return Verdict(trust, reason, self.block_size, OF_CACHE.issuperset(standing), standing[0])
+        if gravest is None:
+            reason = UNVERIFIED if self.reports is False else PROVEN
+        takes_ids = OF_CACHE.issuperset(standing)
+        return Verdict(trust_with(gravest), reason, self.block_size, takes_ids, gravest)
 
     @property
     def retry_s(self) -> float | None:
