@@ -203,12 +203,13 @@ class Record:
     """All that speaks for and against one replica.
 
     `block_size`: tokens, 0 where its keys are of text. `complete`: its events were heard from its start.
-    `reports`: it says how much was cached; None until it answered.
+    `reports`: it says how much was cached; None until it answered. `doubts`: how many there were so far.
     """
 
     block_size: int = 0
     complete: bool = True
     reports: bool | None = None
+    doubts: int = 0
     departures: Departures = field(default_factory=Departures)
     _doubts: dict[Doubt, str] = field(default_factory=dict)
     _setbacks: int = 0
@@ -223,6 +224,7 @@ class Record:
 
         `no_tokenizer`: why the router has no tokenizer for it, in words.
         """
+        self.doubts += 1
         self._doubts = _limits(replica, no_tokenizer)
         self._doubts[Doubt.UNPROVEN] = "no canary has passed yet"
         self.block_size = 0 if no_tokenizer else replica.block_size or 0
@@ -256,14 +258,19 @@ class Record:
         """No canary could make it EXACT, so none has to look at its events."""
         return not CURABLE.issuperset(self._doubts)
 
+    def limit(self, kind: Doubt, reason: str) -> None:
+        """The engine lacks something that no canary brings."""
+        self._doubts[kind] = reason
+
     def doubt(self, kind: Doubt, reason: str) -> None:
         """Something contradicts the trust. That a canary could not be run at all is UNPROVEN."""
-        if not self._doubts:
+        if CURABLE.isdisjoint(self._doubts):
             self._setbacks += 1
-        elif kind in CURABLE:
+        else:
             self._failures += 1
         if kind is not Doubt.UNPROVEN:
             self._needed = CONFIRMATIONS
+        self.doubts += 1
         self._doubts[kind] = reason
         self._clean = self._suspicion = self._right = 0
 
