@@ -320,6 +320,8 @@ class Parity:
             if finding is not None:
                 record.limit(*finding)
                 break
+        if not subject.replica.prefix_caching:
+            return None
         held = None if record.limited else partial(self._held, subject)
         found = await compare_cache(engine, self._render, held, secrets.token_hex(8))
         if isinstance(found, Finding):
@@ -342,11 +344,8 @@ class Parity:
         subject.woken.set()
 
     def _doubt(self, subject: Subject, kind: Doubt, reason: str) -> None:
-        idle = subject.record.retry_s is None
         subject.record.doubt(kind, reason)
         self._settle(subject)
-        if idle:
-            subject.woken.set()
 
     def _settle(self, subject: Subject) -> None:
         """Tells the fleet, the log and the metrics of a verdict that changed."""
@@ -358,6 +357,7 @@ class Parity:
         if before is not None and (verdict.trust, verdict.kind) == (before.trust, before.kind):
             return
         subject.since = self._now()
+        subject.woken.set()
         self._metrics.of(subject.replica.models[0]).trust_changes[verdict.kind].inc()
         level = logging.INFO if verdict.kind in (None, Doubt.UNPROVEN) else logging.WARNING
         log.log(
