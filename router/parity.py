@@ -183,7 +183,7 @@ class Parity:
             self._unreported(subject, predicted, usage.prompt_tokens)
             return
         self._count(subject, predicted, usage.cached_tokens)
-        response = Response(predicted, usage.cached_tokens, placed_at=flight.started_at)
+        response = Response(predicted, usage.cached_tokens, [], flight.started_at, flight.confirmed)
         if abs(predicted - usage.cached_tokens) <= subject.record.block_size:
             self._judge(subject, response)
         else:
@@ -211,8 +211,7 @@ class Parity:
         standing, size = self._fleet.get(subject.id), subject.record.block_size
         if standing is None or not size:
             return 0
-        found = self._fleet.index.match(prompt.keys(size), standing.bit)
-        return sum((held.blocks + held.slower) * size for held in found)
+        return self._fleet.index.told(prompt.keys(size), standing.bit) * size
 
     # -- engines that report nothing
 
