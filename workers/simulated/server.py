@@ -56,7 +56,7 @@ class Server:
     def __init__(self, chosen: options.Options) -> None:
         self._options = chosen
         name, root = _model(chosen.model)
-        tokenizer = Tokenizer(root)
+        tokenizer = Tokenizer(root, chosen.chat_template)
         max_model_len = chosen.context(tokenizer.max_position)
         names = chosen.served_model_name or (name,)
         engine = core.Engine(chosen.engine_config())
@@ -77,6 +77,7 @@ class Server:
         self.service = Service(
             self.live,
             tokenizer,
+            self.faults,
             served_names=names,
             model_root=str(root),
             max_model_len=max_model_len,

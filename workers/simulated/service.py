@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from workers.simulated import errors
+from workers.simulated.faults import Faults
 from workers.simulated.live import LiveEngine
 from workers.simulated.tokenizer import TemplateError, Tokenizer
 
@@ -18,6 +19,9 @@ VLLM_VERSION = "0.32.0"
 
 # Texts longer than this many characters (about 2k tokens) are tokenised off the event loop.
 LONG_TEXT = 8192
+
+# What the fault `template` puts before every chat.
+OTHER_TEMPLATE = "This is another chat template.\n"
 
 DONE = b"data: [DONE]\n\n"
 
@@ -38,6 +42,7 @@ class Service:
         self,
         live: LiveEngine,
         tokenizer: Tokenizer,
+        faults: Faults,
         *,
         served_names: Sequence[str],
         model_root: str,
@@ -46,6 +51,7 @@ class Service:
     ) -> None:
         self.live = live
         self.tokenizer = tokenizer
+        self._faults = faults
         self.served_names = served_names
         self.model_root = model_root
         self.max_model_len = max_model_len
@@ -98,6 +104,8 @@ class Service:
             text = self.tokenizer.render(messages, tools=tools, **options)
         except TemplateError as error:
             raise errors.ApiError(str(error)) from error
+        if self._faults.take("template"):
+            text = OTHER_TEMPLATE + text
         return await self.encode(text, add_special_tokens=add_special_tokens)
 
 

@@ -33,9 +33,12 @@ class TemplateError(ValueError):
 
 
 class Tokenizer:
-    """The tokenizer and chat template of a model directory (tokenizer.json, tokenizer_config.json)."""
+    """The tokenizer and chat template of a model directory (tokenizer.json, tokenizer_config.json).
 
-    def __init__(self, directory: Path) -> None:
+    `template`: a file with another chat template.
+    """
+
+    def __init__(self, directory: Path, template: Path | None = None) -> None:
         if not (directory / "tokenizer.json").is_file():
             raise ValueError(f"model directory {directory} holds no tokenizer.json")
         self._tokenizer = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
@@ -45,7 +48,7 @@ class Tokenizer:
         self.eos_token_id = self._token_id(config.get("eos_token"))
         self.max_position = _max_position(directory)
         self._special = {name: _content(config.get(name)) for name in ("bos_token", "eos_token", "pad_token")}
-        self._template = _read_template(directory, config)
+        self._template = _read_template(directory, config, template)
         self._compiled = lru_cache(maxsize=32)(_template_environment().from_string)
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
@@ -179,7 +182,11 @@ def _template_environment() -> ImmutableSandboxedEnvironment:
     return environment
 
 
-def _read_template(directory: Path, config: Mapping[str, Any]) -> str | None:
+def _read_template(directory: Path, config: Mapping[str, Any], given: Path | None) -> str | None:
+    if given is not None and not given.is_file():
+        raise ValueError(f"chat template {given} is no file")
+    if given is not None:
+        return given.read_text(encoding="utf-8")
     if (path := directory / "chat_template.jinja").is_file():
         return path.read_text(encoding="utf-8")
     template = config.get("chat_template")
