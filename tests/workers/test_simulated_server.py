@@ -19,7 +19,7 @@ from engine_wire import MODEL, RunningEngine, StartSimulated, events_of, shape, 
 from support import ROOT, Start, eventually, free_port, get, processes, simulated_engine
 
 from workers import demo_model
-from workers.simulated.tokenizer import Tokenizer
+from workers.tokenizer import Tokenizer
 
 CHAT = "/v1/chat/completions"
 

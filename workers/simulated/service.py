@@ -9,10 +9,12 @@ from typing import Any
 
 import msgspec
 
+from workers.chat_messages import tool_dicts
+from workers.chat_template import ChatTemplate
 from workers.simulated import errors
 from workers.simulated.faults import Faults
 from workers.simulated.live import LiveEngine
-from workers.simulated.tokenizer import TemplateError, Tokenizer
+from workers.tokenizer import Tokenizer
 
 # The version whose wire this engine speaks.
 VLLM_VERSION = "0.32.0"
@@ -42,6 +44,7 @@ class Service:
         self,
         live: LiveEngine,
         tokenizer: Tokenizer,
+        template: ChatTemplate,
         faults: Faults,
         *,
         served_names: Sequence[str],
@@ -51,6 +54,7 @@ class Service:
     ) -> None:
         self.live = live
         self.tokenizer = tokenizer
+        self._template = template
         self._faults = faults
         self.served_names = served_names
         self.model_root = model_root
@@ -95,15 +99,10 @@ class Service:
         add_special_tokens: bool = False,
         **options: Any,
     ) -> list[int]:
-        """Token ids of a chat; options as of Tokenizer.render."""
-        if not messages:
-            raise errors.ApiError(
-                "Cannot apply chat template to an empty conversation. Provide at least one message."
-            )
-        try:
-            text = self.tokenizer.render(messages, tools=tools, **options)
-        except TemplateError as error:
-            raise errors.ApiError(str(error)) from error
+        """Token ids of a chat; tools as requests bring them, options as of ChatTemplate.render."""
+        with errors.of_prompts():
+            shown = None if tools is None else tool_dicts(tools)
+            text = self._template.render(messages, shown, **options)
         if self._faults.take("template"):
             text = OTHER_TEMPLATE + text
         return await self.encode(text, add_special_tokens=add_special_tokens)
