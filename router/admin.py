@@ -122,6 +122,9 @@ def _described(standing: Standing) -> dict[str, object]:
     return {
         **asdict(standing.replica),
         "state": standing.state,
+        "trust": standing.trust,
+        "trust_reason": standing.trust_reason,
+        "takes_token_ids": standing.takes_ids,
         "in_flight": standing.in_flight,
         "awaiting_first_token": standing.awaiting_first_token,
         "finished": standing.finished,

@@ -12,7 +12,8 @@ from functools import cache
 
 from prometheus_client import CollectorRegistry, Gauge, ProcessCollector
 
-from router.core.fleet import Fleet, State
+from router.core.fleet import Fleet, State, Trust
+from router.core.trust import Cause, Doubt, trust_with
 from router.series import Counter, Counters, Histogram, Histograms
 
 # From a cached one-block prompt on a small model to a 100k-token prefill behind a queue.
@@ -35,6 +36,9 @@ COUNTERS = (
     ("disconnects", "client_disconnects", "Requests given up because the client left."),
     ("truncated", "streams_truncated", "Streams that ended in an error after their first byte."),
     ("replica_failures", "replica_failures", "Times a replica was taken out of traffic."),
+    ("predictions", "predictions", "Predictions of cached tokens that an engine's report was compared with."),
+    ("predicted_cached", "predicted_cached_tokens", "Prompt tokens predicted to be cached, of these."),
+    ("reported_cached", "reported_cached_tokens", "Prompt tokens reported to be cached, of these."),
 )
 HISTOGRAMS = (
     (
@@ -65,7 +69,12 @@ class ModelMetrics:
     disconnects: Counter
     truncated: Counter
     replica_failures: Counter
+    predictions: Counter
+    predicted_cached: Counter
+    reported_cached: Counter
     retries: dict[str, Counter]
+    misses: dict[Cause, Counter]
+    trust_changes: dict[Doubt | None, Counter]
 
 
 class Metrics:
@@ -77,6 +86,12 @@ class Metrics:
         requests = self._counter("requests", "Requests answered, by HTTP status.", "model", "path", "code")
         self._retries = self._counter(
             "retries", "Requests placed again after a replica failed them.", "model", "reason"
+        )
+        self._misses = self._counter(
+            "prediction_misses", "Predictions that were off by more than a block.", "model", "cause"
+        )
+        self._trust_changes = self._counter(
+            "trust_changes", "Times that the trust in a replica's cache changed.", "model", "to", "reason"
         )
         self._of_model = {field: self._counter(name, help_) for field, name, help_ in COUNTERS} | {
             field: self._histogram(name, help_, bounds, "model") for field, name, help_, bounds in HISTOGRAMS
@@ -94,6 +109,13 @@ class Metrics:
         self.connections = self._gauge("client_connections", "Open client connections.")
         self._replicas = self._gauge("replicas", "Replicas by state.", "model", "state")
         self._in_flight = self._gauge("requests_in_flight", "Requests at a replica now.", "model", "replica")
+        self._trust = self._gauge(
+            "replica_trust",
+            "How well a replica's cache is known: 1 at its state.",
+            "model",
+            "replica",
+            "state",
+        )
         self.requests = requests.labels  # (model, path, code)
         self.of = cache(self._born)  # (model), only of models that exist
 
@@ -105,18 +127,30 @@ class Metrics:
         """
         self._replicas.clear()
         self._in_flight.clear()
+        self._trust.clear()
         tally = Tally((model, s.state) for s in fleet for model in s.replica.models)
         for model in {*promised, *fleet.models()}:
             self.of(model)
             for state in State:
                 self._replicas.labels(model, state).set(tally[model, state])
         for standing in fleet:
-            self._in_flight.labels(standing.replica.models[0], standing.id).set(standing.in_flight)
+            labels = (standing.replica.models[0], standing.id)
+            self._in_flight.labels(*labels).set(standing.in_flight)
+            for trust in Trust:
+                self._trust.labels(*labels, trust).set(trust is standing.trust)
 
     def _born(self, model: str) -> ModelMetrics:
         retries = {reason: self._retries.labels(model, reason) for reason in RETRY_REASONS}
         children = {name: family.labels(model) for name, family in self._of_model.items()}
-        return ModelMetrics(**children, retries=retries)
+        return ModelMetrics(
+            **children,
+            retries=retries,
+            misses={cause: self._misses.labels(model, cause) for cause in Cause},
+            trust_changes={
+                kind: self._trust_changes.labels(model, trust_with(kind), kind or "proven")
+                for kind in (None, *Doubt)
+            },
+        )
 
     def _counter(self, name: str, help_: str, *labels: str) -> Counters:
         return Counters(self.registry, f"herd_{name}", help_, labels or ("model",))
