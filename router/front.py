@@ -15,6 +15,7 @@ from router.config import RouterConfig
 from router.core.fleet import Fleet
 from router.core.placement import POLICIES
 from router.errors import ListenError
+from router.gossip import Contact, Gossip
 from router.health import Endpoint, Watch
 from router.http.server import Server
 from router.http.upstream import Upstreams
@@ -40,10 +41,15 @@ class FrontDoor:
 
     `promised` names the models that the fleet is meant to serve: they are listed, and answered 503 instead
     of 404, while none of their replicas is there. Processes with the same `fleet` share the port.
+    `peer_host`: the address of this machine to router processes on others.
     """
 
     def __init__(
-        self, config: RouterConfig, promised: tuple[str, ...] = (), fleet: str | None = None
+        self,
+        config: RouterConfig,
+        promised: tuple[str, ...] = (),
+        fleet: str | None = None,
+        peer_host: str = "127.0.0.1",
     ) -> None:
         self._config = config
         self.port = config.port
@@ -52,13 +58,19 @@ class FrontDoor:
         self.metrics = Metrics()
         self._watch = Watch(self.fleet, self.metrics)
         self._upstreams = Upstreams()
+        self._gossip = Gossip(self.fleet, self.metrics, self._contacts)
+        self._peer_host = peer_host
+        self._far: tuple[Contact, ...] = ()
         policy = POLICIES[config.policy]
         self._relay = Relay(
-            self.fleet, policy, self.metrics, self._watch, self._upstreams, promised, config.aliases
-        )
+            self.fleet, policy, self.metrics, self._watch, self._upstreams, promised, config.aliases,
+            self._gossip.placed,
+        )  # fmt: skip
         self._front = Server(self._relay, refusal, config.limits, config.cors)
         self._place = Place(config.host, config.port, fleet or f"process {os.getpid()}", self._front)
-        admin = Admin(self.fleet, self.metrics, config.policy, promised, self._front, self._place)
+        admin = Admin(
+            self.fleet, self.metrics, config.policy, promised, self._front, self._place, self._gossip
+        )
         self._admin = Server(admin, refusal, config.limits)
         self.metrics.connections.set_function(lambda: len(self._front.connections))
 
@@ -70,7 +82,8 @@ class FrontDoor:
             self.port, config = self._place.port, self._config
             wanted = config.admin_port + rank if config.admin_port else 0
             self.admin_port = await self._admin.start(config.admin_host, wanted)
-            self._place.announce(self.admin_port)
+            self.contact = await self._gossip.start(self._peer_host)
+            self._place.announce(self.admin_port, self.contact)
         except ListenError:
             await self.stop(0)
             raise
@@ -98,6 +111,15 @@ class FrontDoor:
         for new in announced.keys() - self._watch.followed:
             self._watch.follow(announced[new])
 
+    def meet(self, contacts: Iterable[Contact]) -> None:
+        """All router processes as they are now, as far as membership knows; those on this port are known."""
+        self._far = tuple(contacts)
+        self._gossip.look()
+
+    def _contacts(self) -> list[Contact]:
+        near = (member.contact for member in self._place.members)
+        return [*self._far, *(contact for contact in near if contact is not None)]
+
     @property
     def ready(self) -> bool:
         """Every model has a replica that takes requests."""
@@ -113,6 +135,7 @@ class FrontDoor:
         await self.retire()
         handed_over = await self._place.hand_over(successor)
         await self._front.stop(grace_s, IDLE_S if handed_over else LAST_IDLE_S)
+        self._gossip.stop()
         await self._place.leave()
         await self._watch.stop()
         self._upstreams.close()

@@ -19,6 +19,7 @@ from typing import Any
 import msgspec
 
 from router.errors import ListenError
+from router.gossip import Contact
 from router.http import listener
 from router.http.server import Server
 from router.port import Member, Port
@@ -80,9 +81,9 @@ class Place:
             self._tell(rank=rank)
         return rank
 
-    def announce(self, admin_port: int) -> None:
-        """Tells where this process can be looked at."""
-        self._tell(admin_port=admin_port)
+    def announce(self, admin_port: int, contact: Contact) -> None:
+        """Tells where this process can be looked at, and where it listens to the others."""
+        self._tell(admin_port=admin_port, contact=contact)
 
     async def open(self) -> None:
         """From now on this process takes connections, unless it was retired meanwhile. Raises ListenError."""

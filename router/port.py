@@ -21,6 +21,7 @@ from pathlib import Path
 import msgspec
 
 from router.errors import ListenError
+from router.gossip import Contact
 from router.run_directory import Process
 
 LOCK_LOOK_S = 0.01  # the lock is held for milliseconds
@@ -34,6 +35,7 @@ class Member(msgspec.Struct, frozen=True):
     fleet: str
     rank: int | None = None  # None: it is leaving
     admin_port: int | None = None
+    contact: Contact | None = None
     listeners: tuple[int, ...] = ()  # the inodes of its listening sockets
 
     @property
