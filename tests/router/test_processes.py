@@ -20,7 +20,18 @@ from typing import Any
 
 import pytest
 from router_wire import WAIT_S, connections, during, one_connection, post, read_message
-from support import HERD, ROOT, Holder, Running, Start, eventually, free_ports, get, processes
+from support import (
+    HERD,
+    ROOT,
+    Holder,
+    Running,
+    Start,
+    eventually,
+    free_ports,
+    get,
+    processes,
+    simulated_engine,
+)
 
 from router.http import listener
 from router.port import Member, Port
@@ -166,6 +177,42 @@ def test_a_killed_process_is_replaced_while_the_other_serves(start: Start, engin
     assert [member.rank for member in after] == [0, 1]
     assert after[1].process.pid == survivor
     assert "ended with status -9" in it.parent.output
+
+
+@contextlib.contextmanager
+def streaming(it: Route) -> Iterator[None]:
+    """A stream under way that takes its time."""
+    body = b'{"model":"herd-demo","stream":true,"max_tokens":1000,"ignore_eos":true,"prompt":"Hello"}'
+    with socket.create_connection(("127.0.0.1", it.port), timeout=WAIT_S) as client:
+        client.sendall(post("/v1/completions", body, "content-type: application/json"))
+        assert client.recv(4096).startswith(b"HTTP/1.1 200 ")
+        yield
+
+
+def seen(it: Route) -> list[tuple[int, int]]:
+    """Requests at the replica as each process sees it: its own, and those of the others."""
+    fleets = (get(f"http://127.0.0.1:{it.admin_port + rank}/fleet").json() for rank in range(2))
+    replicas = (replica for fleet in fleets for replica in fleet["replicas"])
+    return [(replica["in_flight"], replica["elsewhere"]["in_flight"]) for replica in replicas]
+
+
+def test_each_process_sees_what_the_other_has_in_flight(start: Start) -> None:
+    it = route(start, simulated_engine(start, "--step-time", "0.05,0,0,0").url)
+    peers = get(f"http://127.0.0.1:{it.admin_port}/fleet").json()["peers"]
+    assert [(peer["host"], peer["age_s"] < 1, peer["in_flight"]) for peer in peers] == [
+        ("127.0.0.1", True, 0)
+    ]
+    with streaming(it):
+        began = time.monotonic()
+        found = eventually(lambda: sorted(now := seen(it)) == [(0, 1), (1, 0)] and now, 1.0)
+        print(f"seen by the other after {time.monotonic() - began:.3f} s at most")
+        os.kill(it.pids[found.index((1, 0))], signal.SIGKILL)
+        began = time.monotonic()
+        survivor = f"http://127.0.0.1:{it.admin_port + found.index((0, 1))}"
+        eventually(lambda: not get(f"{survivor}/fleet").json()["replicas"][0]["elsewhere"]["in_flight"], 3.0)
+        print(f"gone {time.monotonic() - began:.3f} s after its process was killed")
+    metrics = get(f"{survivor}/metrics").text
+    assert re.search(r'^herd_gossip_datagrams_total\{fate="taken"\} [1-9]', metrics, re.MULTILINE)
 
 
 def test_a_process_whose_loop_is_stuck_is_replaced(start: Start, engine: str, tmp_path: Path) -> None:
