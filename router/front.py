@@ -60,7 +60,7 @@ class FrontDoor:
         self._upstreams = Upstreams()
         self._gossip = Gossip(self.fleet, self.metrics, self._contacts)
         self._peer_host = peer_host
-        self._far: tuple[Contact, ...] = ()
+        self._met: list[Contact] | None = None
         policy = POLICIES[config.policy]
         self._relay = Relay(
             self.fleet, policy, self.metrics, self._watch, self._upstreams, promised, config.aliases,
@@ -112,13 +112,14 @@ class FrontDoor:
             self._watch.follow(announced[new])
 
     def meet(self, contacts: Iterable[Contact]) -> None:
-        """All router processes as they are now, as far as membership knows; those on this port are known."""
-        self._far = tuple(contacts)
+        """All router processes as they are now; until somebody tells, those on the same port are known."""
+        self._met = list(contacts)
         self._gossip.look()
 
     def _contacts(self) -> list[Contact]:
-        near = (member.contact for member in self._place.members)
-        return [*self._far, *(contact for contact in near if contact is not None)]
+        if self._met is not None:
+            return self._met
+        return [member.contact for member in self._place.members if member.contact is not None]
 
     @property
     def ready(self) -> bool:
