@@ -39,7 +39,7 @@ def build(args: dict[str, Any]) -> Application:
 
 
 def _pool(model: ModelConfig) -> Application:
-    spec = model.model_dump(exclude={"replicas", "resources"})
+    spec = model.model_dump(exclude={"replicas", "resources", "slo"})
     return serve.deployment(
         replica.Replica,
         name=deployment_name(model),

@@ -69,10 +69,22 @@ class RouterConfig(BaseModel):
         return self
 
 
+class Slo(BaseModel):
+    """What users of a model expect: the first token within `ttft_s`, or of a long prompt within `ttft_times`
+    what its prefill takes on an idle engine without cache; then a token every `tpot_s` on average."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    ttft_s: Annotated[float, Field(gt=0)] = 2.0
+    ttft_times: Annotated[float, Field(ge=1)] = 5.0
+    tpot_s: Annotated[float, Field(gt=0)] = 0.05
+
+
 class ModelConfig(EngineSpec):
     """One model and how many replicas of it run."""
 
     replicas: Annotated[int, Field(ge=1)] = 1
+    slo: Slo = Slo()
     resources: dict[str, float] = {}
 
 

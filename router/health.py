@@ -78,7 +78,8 @@ async def learn(client: httpx.AsyncClient, endpoint: Endpoint) -> Replica:
         url=endpoint.url,
         models=tuple(model.id for model in models),
         engine=endpoint.engine,
-        block_size=block_size_of(metrics.text) if metrics.is_success else None,
+        block_size=cache_config(metrics.text, "block_size") if metrics.is_success else None,
+        num_blocks=cache_config(metrics.text, "num_gpu_blocks") if metrics.is_success else None,
         max_model_len=next((m.max_model_len for m in models if m.max_model_len), None),
         kv_events=reachable(source.endpoint, endpoint.url),
         kv_replay=reachable(source.replay_endpoint, endpoint.url),
@@ -89,9 +90,9 @@ def _event_source(reply: httpx.Response) -> _EventSource:
     return msgspec.json.decode(reply.content, type=dict[str, _EventSource]).get("0", _EventSource())
 
 
-def block_size_of(metrics: str) -> int | None:
-    """The KV block size from vLLM's metrics (tokens), None where it is not told."""
-    found = re.search(r'^vllm:cache_config_info\{[^}\n]*\bblock_size="(\d{1,9})"', metrics, re.MULTILINE)
+def cache_config(metrics: str, name: str) -> int | None:
+    """A size of the KV cache from vLLM's metrics, None where it is not told."""
+    found = re.search(rf'^vllm:cache_config_info\{{[^}}\n]*\b{name}="(\d{{1,9}})"', metrics, re.MULTILINE)
     return int(found[1]) if found else None
 
 

@@ -53,8 +53,11 @@ class EngineSpec(BaseModel):
 class Engine(Protocol):
     """A kind of engine, for one model."""
 
-    kind: str
     spec: EngineSpec
+
+    @property
+    def kind(self) -> str:
+        """As the fleet is told."""
 
     def command(self, at: Address) -> Command:
         """The process that serves this model there. Changes nothing."""

@@ -33,8 +33,9 @@ class Replica:
     async def __init__(self, spec: dict[str, Any]) -> None:
         self._spec = EngineSpec.model_validate(spec)
         # The node's address: the loopback one where the whole cluster stays on it.
+        self._engine = make_engine(self._spec)
         starting = EngineProcess.start(
-            make_engine(self._spec),
+            self._engine,
             log_path(self._spec.name),
             STARTUP_TIMEOUT_S,
             host=ray.util.get_node_ip_address(),
@@ -47,7 +48,7 @@ class Replica:
         return {
             "url": self._process.url,
             "model": self._spec.name,
-            "engine": self._spec.engine,
+            "engine": self._engine.kind,
             "kv_events": self._process.kv_events,
             "kv_replay": self._process.kv_replay,
             "pid": self._process.pid,

@@ -69,7 +69,11 @@ class VllmEngine:
     model: str
     installation: Installation
     platform: Platform
-    kind = "vllm"
+
+    @property
+    def kind(self) -> str:
+        """Told apart by what it runs on: that decides how long its steps take."""
+        return "vllm" if self.platform == "cuda" else "vllm-cpu"
 
     @classmethod
     def prepare(cls, spec: EngineSpec) -> VllmEngine:

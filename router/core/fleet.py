@@ -22,7 +22,7 @@ from router.core.step_model import StepModel
 class Replica:
     """One engine as membership announced it and as it described itself. `id` is new with every start.
 
-    `block_size` (tokens) and `num_blocks` are those of its KV cache. `hardware`: a key of step_model.PRIORS.
+    `block_size` (tokens) and `num_blocks` are those of its KV cache.
     """
 
     id: str
@@ -34,7 +34,6 @@ class Replica:
     num_blocks: int | None = None
     kv_events: str | None = None
     kv_replay: str | None = None
-    hardware: str = "gpu"
 
 
 class State(StrEnum):
@@ -224,7 +223,7 @@ class Fleet:
         """A replica can be given requests; one already known by its id keeps its standing."""
         known = self._standings.get(replica.id)
         if known is None:
-            steps = StepModel.of(replica.hardware)
+            steps = StepModel.of(replica.engine)
             self._standings[replica.id] = Standing(replica, steps, self.index.join(), since=now)
         else:
             known.replica = replica

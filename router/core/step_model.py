@@ -34,13 +34,12 @@ class StepCosts:
     loading: float
 
 
-# GPU: roofline estimates for an 8B model on one H100, whose 128 KiB of KV a token come over PCIe at 25 GB/s.
-# CPU: what a 26M model does on one core. The factors take care of other models and machines.
+# Roofline estimates for an 8B model on one H100, whose 128 KiB of KV a token come over PCIe at 25 GB/s; the
+# factors take care of other models and machines.
+GPU = StepCosts(6e-3, 33e-6, 45e-6, 5.6e-8, 1.3e-9, 5e-6)
+# By the kind of engine. On a CPU: what a 26M model does on one core.
 PRIORS: Mapping[str, StepCosts] = MappingProxyType(
-    {
-        "gpu": StepCosts(6e-3, 33e-6, 45e-6, 5.6e-8, 1.3e-9, 5e-6),
-        "cpu": StepCosts(8e-3, 7.5e-4, 5e-4, 1e-7, 1e-8, 5e-6),
-    }
+    {"vllm": GPU, "simulated": GPU, "vllm-cpu": StepCosts(8e-3, 7.5e-4, 5e-4, 1e-7, 1e-8, 5e-6)}
 )
 
 
@@ -60,7 +59,7 @@ class Factor:
             return
         self.observations += 1
         most = max(LEAST_MOVE, FIRST_MOVE / self.observations)
-        self.value *= exp(max(-most, min(most, log(observed / predicted))))
+        self.value *= exp(max(-most, min(most, log(observed) - log(predicted))))
 
 
 @dataclass(slots=True)
@@ -72,9 +71,9 @@ class StepModel:
     decode: Factor = field(default_factory=Factor)
 
     @classmethod
-    def of(cls, hardware: str = "gpu") -> StepModel:
-        """As it is before anything was observed; `hardware`: a key of PRIORS."""
-        return cls(PRIORS[hardware])
+    def of(cls, engine: str = "vllm") -> StepModel:
+        """As it is before anything was observed; of an unknown kind of engine, as of vLLM."""
+        return cls(PRIORS.get(engine, GPU))
 
     def prefill_s(self, new: int, before: int = 0) -> float:
         """Seconds to prefill `new` tokens that stand behind others, without what each step costs anyway."""

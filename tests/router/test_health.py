@@ -7,7 +7,7 @@ from router_wire import MODELS, VLLM_METRICS, VLLM_PAGES, answering, engine, rep
 from router import health
 from router.core.fleet import Fleet, State
 from router.errors import EngineUnreachable
-from router.health import Endpoint, Watch, block_size_of, learn, reachable
+from router.health import Endpoint, Watch, cache_config, learn, reachable
 from router.metrics import Metrics
 
 
@@ -57,8 +57,8 @@ async def test_what_is_not_vllm_is_told(models):
         (f'vllm:cache_config_info{{block_size="{"1" * 5000}"}} 1\n', None),
     ],
 )
-def test_block_size_of(text, size):
-    assert block_size_of(text) == size
+def test_the_block_size_is_read_from_metrics(text, size):
+    assert cache_config(text, "block_size") == size
 
 
 @pytest.mark.parametrize(
