@@ -10,6 +10,8 @@ import contextlib
 import os
 from collections.abc import Iterable
 
+from msgspec import structs
+
 from router.admin import Admin
 from router.config import RouterConfig
 from router.core.fleet import Fleet
@@ -23,6 +25,7 @@ from router.metrics import Metrics
 from router.openai_api import refusal
 from router.place import Place, Successor, nobody
 from router.relay import Relay
+from router.shards import Shards
 
 __all__ = ["Endpoint", "FrontDoor"]
 
@@ -66,7 +69,10 @@ class FrontDoor:
             self.fleet, policy, self.metrics, self._watch, self._upstreams, promised, config.aliases,
             self._gossip.placed,
         )  # fmt: skip
-        self._front = Server(self._relay, refusal, config.limits, config.cors)
+        self._shards = Shards(self._relay, self._gossip, self.metrics, config.shards, config.aliases)
+        handler = self._relay if config.shards == 1 else self._shards
+        self._front = Server(handler, refusal, config.limits, config.cors)
+        self._direct = Server(self._relay, refusal, config.limits)
         self._place = Place(config.host, config.port, fleet or f"process {os.getpid()}", self._front)
         admin = Admin(
             self.fleet, self.metrics, config.policy, promised, self._front, self._place, self._gossip
@@ -83,7 +89,8 @@ class FrontDoor:
             wanted = config.admin_port + rank if config.admin_port else 0
             self.admin_port = await self._admin.start(config.admin_host, wanted)
             self.contact = await self._gossip.start(self._peer_host)
-            self._place.announce(self.admin_port, self.contact)
+            self._place.announce(self.admin_port)
+            self._place.introduce(self.contact)
         except ListenError:
             await self.stop(0)
             raise
@@ -96,6 +103,10 @@ class FrontDoor:
                     await asyncio.sleep(SETTLE_LOOK_S)
         try:
             await self._place.open()
+            if self._config.shards > 1:
+                direct = await self._direct.start(self._peer_host, 0)
+                self.contact = structs.replace(self.contact, direct=direct)
+                self._place.introduce(self.contact)
         except ListenError:
             await self.stop(0)
             raise
@@ -119,7 +130,8 @@ class FrontDoor:
     def _contacts(self) -> list[Contact]:
         if self._met is not None:
             return self._met
-        return [member.contact for member in self._place.members if member.contact is not None]
+        going_on = (member for member in self._place.members if member.rank is not None)
+        return [member.contact for member in going_on if member.contact is not None]
 
     @property
     def ready(self) -> bool:
@@ -135,8 +147,10 @@ class FrontDoor:
         """Accepts until another process does, lets streams end within `grace_s` seconds, and closes all."""
         await self.retire()
         handed_over = await self._place.hand_over(successor)
-        await self._front.stop(grace_s, IDLE_S if handed_over else LAST_IDLE_S)
+        idle_s = IDLE_S if handed_over else LAST_IDLE_S
+        await asyncio.gather(*(s.stop(grace_s, idle_s) for s in (self._front, self._direct)))
         self._gossip.stop()
         await self._place.leave()
         await self._watch.stop()
         self._upstreams.close()
+        self._shards.close()

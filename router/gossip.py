@@ -45,12 +45,22 @@ _decode = msgspec.msgpack.Decoder(Report).decode
 
 
 class Contact(msgspec.Struct, frozen=True):
-    """A router process to the others: where it listens, and the key (hex) of what it says."""
+    """A router process to the others: where it listens, and the key (hex) of what it says.
+
+    `direct`: where it takes requests that others pass on to it.
+    """
 
     name: str
     host: str
     port: int
     key: str
+    direct: int | None = None
+
+    @property
+    def url(self) -> str:
+        """Where requests are passed on to it."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.direct}"
 
     def sign(self, report: bytes) -> bytes:
         """Tells that a report is this process's."""
@@ -69,6 +79,7 @@ class Gossip(asyncio.DatagramProtocol):
         self._fates = metrics.datagrams
         self._directory = directory
         self._contacts: dict[bytes, Contact] = {}
+        self._told: list[Contact] = []
         self._looked_at = 0.0
         self._loads = Loads()
         self._sequence = 0
@@ -81,7 +92,8 @@ class Gossip(asyncio.DatagramProtocol):
         """Speaks and listens from now on. Raises ListenError."""
         self._loop = asyncio.get_running_loop()
         bound = _bound(host)
-        self._self = Contact(secrets.token_hex(4), host, bound.getsockname()[1], secrets.token_hex(16))
+        port = bound.getsockname()[1]
+        self._self = Contact(secrets.token_hex(4), host, port, secrets.token_hex(16))
         await self._loop.create_datagram_endpoint(lambda: self, sock=bound)
         self._rounds = self._loop.create_task(self._run())
         return self._self
@@ -107,15 +119,26 @@ class Gossip(asyncio.DatagramProtocol):
         """Asks who is there; newcomers are told at once how things are."""
         self._looked_at = self._loop.time()
         try:
-            told = {each.name.encode(): each for each in self._directory() if each != self._self}
+            told = {each.name.encode(): each for each in self._directory() if each.name != self.name}
         except ListenError as error:
             log.warning("other router processes are not known: %s", error)
             return
         # One that membership does not tell of any more may have streams to finish.
         before, speaking = self._contacts, self._loads.peers
         self._contacts = {name: c for name, c in before.items() if c.name in speaking} | told
+        self._told = list(told.values())
         if self._contacts.keys() - before.keys():
             self._tell_all()
+
+    @property
+    def name(self) -> str:
+        """By which the others know this process."""
+        return self._self.name
+
+    @property
+    def others(self) -> list[Contact]:
+        """The other processes that speak, and that requests can be passed on to."""
+        return [c for c in self._told if c.direct is not None and c.name in self._loads.peers]
 
     @property
     def peers(self) -> list[dict[str, object]]:

@@ -28,6 +28,8 @@ RETRY_REASONS = ("connect", "cut")
 # What became of datagrams between router processes: those of a process that is not known, whose signature is
 # another's, or that are no newer than what is known, are dropped.
 DATAGRAM_FATES = ("sent", "taken", "stale", "unknown", "forged", "malformed")
+# Whether the owner of a request answered it; where it failed the request was served by the first router.
+OWNER_OUTCOMES = ("passed", "failed")
 
 # Of each model, by the field of ModelMetrics: its name for Prometheus, and what it is.
 COUNTERS = (
@@ -96,6 +98,10 @@ class Metrics:
         ).labels()
         datagrams = self._counter("gossip_datagrams", "Datagrams between router processes.", "fate")
         self.datagrams = {fate: datagrams.labels(fate) for fate in DATAGRAM_FATES}
+        relayed = self._counter(
+            "relayed_to_owner", "Requests passed on to the router process that owns them.", "outcome"
+        )
+        self.relayed_to_owner = {outcome: relayed.labels(outcome) for outcome in OWNER_OUTCOMES}
         self.peers = self._gauge("gossip_peers", "Other router processes that speak.")
         self.connections = self._gauge("client_connections", "Open client connections.")
         self._replicas = self._gauge("replicas", "Replicas by state.", "model", "state")

@@ -81,9 +81,13 @@ class Place:
             self._tell(rank=rank)
         return rank
 
-    def announce(self, admin_port: int, contact: Contact) -> None:
-        """Tells where this process can be looked at, and where it listens to the others."""
-        self._tell(admin_port=admin_port, contact=contact)
+    def announce(self, admin_port: int) -> None:
+        """Tells where this process can be looked at."""
+        self._tell(admin_port=admin_port)
+
+    def introduce(self, contact: Contact) -> None:
+        """Tells the others how they reach this process."""
+        self._tell(contact=contact)
 
     async def open(self) -> None:
         """From now on this process takes connections, unless it was retired meanwhile. Raises ListenError."""

@@ -296,11 +296,16 @@ def upstream_message(journey: Journey, replica: Replica, authority: bytes) -> by
     call, request = journey.call, journey.request
     nameless = call.kept is not None and call.kept.nameless
     body = call.upstream_body(responses_api.new_id(replica.id) if nameless else None)
+    return message(request, body, journey.request_id, authority)
+
+
+def message(request: Request, body: bytes, request_id: bytes, authority: bytes) -> bytes:
+    """A client's request with this body, to an engine or another router."""
     lines = [
         b"%b %b HTTP/1.1" % (request.method.encode("ascii"), request.target.encode("latin-1")),
         b"host: " + authority,
         b"content-length: %d" % len(body),
-        b"x-request-id: " + journey.request_id,
+        b"x-request-id: " + request_id,
     ]
     lines += [b"%b: %b" % header for header in headers.to_engine(request.headers)]
     return b"\r\n".join(lines) + b"\r\n\r\n" + body
