@@ -162,7 +162,8 @@ class Gossip(asyncio.DatagramProtocol):
             if now - self._looked_at > LOOK_S:
                 self.look()
             self._note(self._loads.forget_silent(now))
-            self._tell_all()
+            if self._contacts:
+                self._tell_all()
             await asyncio.sleep(ROUND_S)
 
     def _tell_all(self) -> None:
