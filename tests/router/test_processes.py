@@ -77,12 +77,16 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield eventually(lambda: mock.output.strip())
 
 
-def route(start: Start, engine: str, count: int = 2, env: Mapping[str, str] | None = None) -> Route:
+def route(
+    start: Start, engine: str, *flags: str, count: int = 2, env: Mapping[str, str] | None = None
+) -> Route:
     """`herd route` when all of its processes take connections."""
     port = free_ports(count + 1)
     admin_port = port + 1
     ports = ("--host", "127.0.0.1", "--port", str(port), "--admin-port", str(admin_port))
-    parent = start(*HERD, "route", *ports, "--processes", str(count), "--worker-urls", engine, env=env)
+    parent = start(
+        *HERD, "route", *ports, "--processes", str(count), *flags, "--worker-urls", engine, env=env
+    )
     eventually(lambda: "Routing to" in parent.output or parent.process.poll() is not None, REPLACED_S)
     assert parent.process.poll() is None, parent.output
     return Route(parent, port, admin_port)
@@ -213,6 +217,26 @@ def test_each_process_sees_what_the_other_has_in_flight(start: Start) -> None:
         print(f"gone {time.monotonic() - began:.3f} s after its process was killed")
     metrics = get(f"{survivor}/metrics").text
     assert re.search(r'^herd_gossip_datagrams_total\{fate="taken"\} [1-9]', metrics, re.MULTILINE)
+
+
+def test_processes_pass_requests_on_to_who_owns_them_while_that_lives(start: Start, engine: str) -> None:
+    it = route(start, engine, "--shards", "2")
+    said = [CHAT.replace(b"Hello", b"Say%2d" % n) for n in range(20)]
+
+    def answers() -> Counter[str]:
+        return Counter(asyncio.run(one_connection(it.port, each, ANSWER)) for each in said)
+
+    eventually(lambda: answers().keys() == {"answered"} and passed_on(it), REPLACED_S)
+    victim, gone = it.pids[0], set(it.members[0].listeners)
+    os.kill(victim, signal.SIGKILL)
+    eventually(lambda: not gone & listener.listening("127.0.0.1", it.port))
+    assert answers() == {"answered": 20}
+
+
+def passed_on(it: Route) -> int:
+    pages = [get(f"http://127.0.0.1:{it.admin_port + rank}/metrics").text for rank in range(2)]
+    counted = r'^herd_relayed_to_owner_total\{outcome="passed"\} (\d+)'
+    return sum(int(found) for page in pages for found in re.findall(counted, page, re.MULTILINE))
 
 
 def test_a_process_whose_loop_is_stuck_is_replaced(start: Start, engine: str, tmp_path: Path) -> None:
