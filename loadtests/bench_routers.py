@@ -23,8 +23,9 @@ from loadtests.contenders import Running
 from loadtests.cpu import cpu_seconds, pinned
 from loadtests.report import spread, table
 from router.core.fleet import Fleet, Replica
-from router.gossip import Contact, Gossip
+from router.gossip import Gossip
 from router.metrics import Metrics
+from router.port import Contact
 
 ROUTERS = (2, 4, 16)
 REPLICAS = 64

@@ -17,13 +17,14 @@ from router.config import RouterConfig
 from router.core.fleet import Fleet
 from router.core.placement import POLICIES
 from router.errors import ListenError
-from router.gossip import Contact, Gossip
+from router.gossip import Gossip
 from router.health import Endpoint, Watch
 from router.http.server import Server
 from router.http.upstream import Upstreams
 from router.metrics import Metrics
 from router.openai_api import refusal
 from router.place import Place, Successor, nobody
+from router.port import Contact
 from router.relay import Relay
 from router.shards import Shards
 

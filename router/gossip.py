@@ -8,7 +8,6 @@ that its datagrams are signed with: what strangers send is counted and dropped.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import hmac
 import logging
 import secrets
@@ -24,6 +23,7 @@ from router.core.fleet import Fleet, Load
 from router.core.loads import Loads, Report
 from router.errors import ListenError
 from router.metrics import Metrics
+from router.port import Contact
 
 log = logging.getLogger(__name__)
 
@@ -42,29 +42,6 @@ HEAD = struct.Struct("!B8s16s")
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Report).decode
-
-
-class Contact(msgspec.Struct, frozen=True):
-    """A router process to the others: where it listens, and the key (hex) of what it says.
-
-    `direct`: where it takes requests that others pass on to it.
-    """
-
-    name: str
-    host: str
-    port: int
-    key: str
-    direct: int | None = None
-
-    @property
-    def url(self) -> str:
-        """Where requests are passed on to it."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"http://{host}:{self.direct}"
-
-    def sign(self, report: bytes) -> bytes:
-        """Tells that a report is this process's."""
-        return hashlib.blake2b(report, key=self.key.encode(), digest_size=16).digest()
 
 
 # Tells of all processes that membership knows, of the one that asks too.

@@ -13,7 +13,7 @@ from ray.serve.request_router import PendingRequest, RequestRouter, RunningRepli
 
 from router import roster
 from router.front import Endpoint
-from router.gossip import Contact
+from router.port import Contact
 
 
 class Listener(RequestRouter):

@@ -19,10 +19,9 @@ from typing import Any
 import msgspec
 
 from router.errors import ListenError
-from router.gossip import Contact
 from router.http import listener
 from router.http.server import Server
-from router.port import Member, Port
+from router.port import Contact, Member, Port
 from router.run_directory import this_process
 
 log = logging.getLogger(__name__)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import hashlib
 import os
 import shutil
 import stat
@@ -21,10 +22,32 @@ from pathlib import Path
 import msgspec
 
 from router.errors import ListenError
-from router.gossip import Contact
 from router.run_directory import Process
 
 LOCK_LOOK_S = 0.01  # the lock is held for milliseconds
+
+
+class Contact(msgspec.Struct, frozen=True):
+    """A router process to the others: where it listens, and the key (hex) of what it says.
+
+    `direct`: where it takes requests that others pass on to it.
+    """
+
+    name: str
+    host: str
+    port: int
+    key: str
+    direct: int | None = None
+
+    @property
+    def url(self) -> str:
+        """Where requests are passed on to it."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.direct}"
+
+    def sign(self, report: bytes) -> bytes:
+        """Tells that a report is this process's."""
+        return hashlib.blake2b(report, key=self.key.encode(), digest_size=16).digest()
 
 
 class Member(msgspec.Struct, frozen=True):

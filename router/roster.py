@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import Generic, TypeVar
 
 from router.front import Endpoint
-from router.gossip import Contact
+from router.port import Contact
 
 LOOK_S = 0.01
 

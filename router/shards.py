@@ -13,10 +13,11 @@ from router import openai_api
 from router.affinity import affinity_key
 from router.core.shards import owner
 from router.errors import ApiError, UpstreamError
-from router.gossip import Contact, Gossip
+from router.gossip import Gossip
 from router.http.server import Handler, Reply, Request
 from router.http.upstream import Upstreams
 from router.metrics import Metrics
+from router.port import Contact
 from router.relay import message, request_id_of
 
 log = logging.getLogger(__name__)

@@ -10,8 +10,9 @@ from router_wire import until
 from router.core.fleet import Fleet, Load, Replica
 from router.core.loads import SILENT_S, Report
 from router.errors import ListenError
-from router.gossip import HEAD, MOST_REPLICAS, ROUND_S, VERSION, Contact, Gossip, _encode
+from router.gossip import HEAD, MOST_REPLICAS, ROUND_S, VERSION, Gossip, _encode
 from router.metrics import Metrics
+from router.port import Contact
 
 
 class Router:
