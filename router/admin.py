@@ -12,10 +12,12 @@ from importlib.resources import files
 from urllib.parse import urlsplit
 
 import msgspec
+from msgspec import structs
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from router.core.fleet import Fleet, Standing, State
 from router.errors import ApiError, MethodNotAllowed, UnknownRoute
+from router.gossip import Gossip
 from router.http.server import Reply, Request, Server
 from router.metrics import Metrics
 from router.openai_api import error_body
@@ -36,6 +38,7 @@ class Admin:
         promised: tuple[str, ...],
         front: Server,
         place: Place,
+        gossip: Gossip,
     ) -> None:
         self._fleet = fleet
         self._metrics = metrics
@@ -43,6 +46,7 @@ class Admin:
         self._promised = promised
         self._front = front
         self._place = place
+        self._gossip = gossip
         self._page = files("router").joinpath("fleet.html").read_bytes()
         self._routes: dict[str, Callable[[Request, Reply], None]] = {
             "/metrics": self._prometheus,
@@ -81,6 +85,7 @@ class Admin:
                 "policy": self._policy,
                 "process": self._process(),
                 "processes": [_process(member) for member in self._place.members],
+                "peers": self._gossip.peers,
                 "models": [self._model(name) for name in sorted({*self._promised, *self._fleet.models()})],
                 "replicas": [_described(standing) for standing in self._fleet],
             }
@@ -129,6 +134,7 @@ def _described(standing: Standing) -> dict[str, object]:
         "awaiting_first_token": standing.awaiting_first_token,
         "finished": standing.finished,
         "failures": standing.failures,
+        "elsewhere": structs.asdict(standing.elsewhere),
     }
 
 

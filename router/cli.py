@@ -159,6 +159,12 @@ def status(port: int, as_json: bool, run_dir: Path | None) -> None:
     show_default=True,
     help="Router processes that share the port; the nth has the nth admin port.",
 )
+@click.option(
+    "--shards",
+    default=1,
+    show_default=True,
+    help="Shares of the KV index: with 1 every process holds all of it.",
+)
 def route(
     worker_urls: tuple[str, ...],
     more_urls: tuple[str, ...],

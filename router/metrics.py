@@ -26,6 +26,11 @@ LAG_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 
 
 # Why a request was placed again: no connection to the replica, or its reply was cut.
 RETRY_REASONS = ("connect", "cut")
+# What became of datagrams between router processes: those of a process that is not known, whose signature is
+# another's, or that are no newer than what is known, are dropped.
+DATAGRAM_FATES = ("sent", "taken", "stale", "unknown", "forged", "malformed")
+# Whether the owner of a request answered it; where it failed the request was served by the first router.
+OWNER_OUTCOMES = ("passed", "failed")
 
 # Of each model, by the field of ModelMetrics: its name for Prometheus, and what it is.
 COUNTERS = (
@@ -106,6 +111,13 @@ class Metrics:
             "How much later than due the event loop came to a timer: what every request there waits as well.",
             LAG_BUCKETS,
         ).labels()
+        datagrams = self._counter("gossip_datagrams", "Datagrams between router processes.", "fate")
+        self.datagrams = {fate: datagrams.labels(fate) for fate in DATAGRAM_FATES}
+        relayed = self._counter(
+            "relayed_to_owner", "Requests passed on to the router process that owns them.", "outcome"
+        )
+        self.relayed_to_owner = {outcome: relayed.labels(outcome) for outcome in OWNER_OUTCOMES}
+        self.peers = self._gauge("gossip_peers", "Other router processes that speak.")
         self.connections = self._gauge("client_connections", "Open client connections.")
         self._replicas = self._gauge("replicas", "Replicas by state.", "model", "state")
         self._in_flight = self._gauge("requests_in_flight", "Requests at a replica now.", "model", "replica")

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from random import getrandbits
@@ -60,8 +61,15 @@ class Journey:
     passage: Passage | None = None
 
 
+def unheard(replica_id: str) -> None:
+    """Where no other router is, nobody is told of a placement."""
+
+
 class Relay:
-    """Answers client requests from a fleet; what goes wrong at a replica is told to the watch."""
+    """Answers client requests from a fleet; what goes wrong at a replica is told to the watch.
+
+    `placed` hears at which replica each request is.
+    """
 
     def __init__(
         self,
@@ -72,7 +80,9 @@ class Relay:
         upstreams: Upstreams,
         promised: tuple[str, ...] = (),
         aliases: openai_api.Aliases = openai_api.NO_ALIASES,
+        placed: Callable[[str], None] = unheard,
     ) -> None:
+        self._placed = placed
         self._fleet = fleet
         self._policy = policy
         self._keyed = policy in KEYED
@@ -215,6 +225,7 @@ class Relay:
         message = upstream_message(journey, replica, upstream.authority)
         self._metrics.overhead.observe(loop.time() - journey.request.received_at)
         journey.flight = self._fleet.started(replica.id, loop.time())
+        self._placed(replica.id)
         try:
             with await upstream.exchange(message) as exchange:
                 await self._pass_on(journey, exchange)
@@ -285,11 +296,16 @@ def upstream_message(journey: Journey, replica: Replica, authority: bytes) -> by
     call, request = journey.call, journey.request
     nameless = call.kept is not None and call.kept.nameless
     body = call.upstream_body(responses_api.new_id(replica.id) if nameless else None)
+    return message(request, body, journey.request_id, authority)
+
+
+def message(request: Request, body: bytes, request_id: bytes, authority: bytes) -> bytes:
+    """A client's request with this body, to an engine or another router."""
     lines = [
         b"%b %b HTTP/1.1" % (request.method.encode("ascii"), request.target.encode("latin-1")),
         b"host: " + authority,
         b"content-length: %d" % len(body),
-        b"x-request-id: " + journey.request_id,
+        b"x-request-id: " + request_id,
     ]
     lines += [b"%b: %b" % header for header in headers.to_engine(request.headers)]
     return b"\r\n".join(lines) + b"\r\n\r\n" + body

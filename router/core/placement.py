@@ -45,8 +45,9 @@ def least_requests(view: View) -> Placement | None:
     """The replica with the fewest requests in flight; equals take turns."""
     if not view.replicas:
         return None
-    fewest = min([s.in_flight for s in view.replicas])
-    equals = [s for s in view.replicas if s.in_flight == fewest]
+    requests = [s.requests for s in view.replicas]
+    fewest = min(requests)
+    equals = [s for s, count in zip(view.replicas, requests, strict=True) if count == fewest]
     return Placement(equals[view.turn % len(equals)], f"fewest requests in flight ({fewest})")
 
 
@@ -58,8 +59,8 @@ def power_of_two(view: View) -> Placement | None:
     offset, place = divmod(view.draw, count)
     first = view.replicas[place]
     other = view.replicas[(place + 1 + offset % (count - 1)) % count]
-    fewer, more = (first, other) if first.in_flight <= other.in_flight else (other, first)
-    return Placement(fewer, f"{fewer.in_flight} requests in flight, {more.in_flight} on {more.id}")
+    fewer, more = (first, other) if first.requests <= other.requests else (other, first)
+    return Placement(fewer, f"{fewer.requests} requests in flight, {more.requests} on {more.id}")
 
 
 def consistent_hash(view: View) -> Placement | None:
@@ -79,15 +80,15 @@ def consistent_hash(view: View) -> Placement | None:
     if not view.replicas:
         return None
     weights = [xxh3_64_intdigest(s.replica.id.encode(), view.key) for s in view.replicas]
-    in_flight = [s.in_flight for s in view.replicas]
-    most = ceil(BALANCE * (sum(in_flight) + 1) / len(in_flight))
+    requests = [s.requests for s in view.replicas]
+    most = ceil(BALANCE * (sum(requests) + 1) / len(requests))
     home = weights.index(max(weights))
-    if in_flight[home] < most:
+    if requests[home] < most:
         return Placement(view.replicas[home], "home of the key")
     # The replica with the fewest requests has no more than the average, so there is always one with room.
-    room = [place for place, held in enumerate(in_flight) if held < most]
+    room = [place for place, held in enumerate(requests) if held < most]
     chosen = max(room, key=weights.__getitem__)
-    full = f"{view.replicas[home].id} has {in_flight[home]} of at most {most} requests"
+    full = f"{view.replicas[home].id} has {requests[home]} of at most {most} requests"
     return Placement(view.replicas[chosen], f"next for the key; its home {full}")
 
 
