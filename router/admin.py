@@ -1,4 +1,5 @@
-"""The admin port of a router process: metrics, the fleet as a page and as JSON, Prometheus' targets.
+"""The admin port of a router process: metrics, the fleet as a page and as JSON, its decisions, and targets
+for Prometheus.
 
 Never on the front port.
 """
@@ -6,16 +7,19 @@ Never on the front port.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib.resources import files
-from urllib.parse import urlsplit
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import msgspec
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from router.core.fleet import Fleet, Standing, State
-from router.errors import ApiError, MethodNotAllowed, UnknownRoute
+from router.decisions import Decision, Decisions
+from router.errors import ApiError, BadRequest, MethodNotAllowed, UnknownRoute
 from router.http.server import Reply, Request, Server
 from router.metrics import Metrics
 from router.openai_api import error_body
@@ -23,6 +27,9 @@ from router.place import Place
 from router.port import Member
 
 JSON = (b"content-type", b"application/json")
+DECISIONS = "/decisions"
+# What `/decisions` tells if nothing is said, and at most: a thousand hold the loop for a third of a second.
+LAST, MOST = 20, 1000
 
 
 class Admin:
@@ -36,6 +43,7 @@ class Admin:
         promised: tuple[str, ...],
         front: Server,
         place: Place,
+        decisions: Decisions,
     ) -> None:
         self._fleet = fleet
         self._metrics = metrics
@@ -43,10 +51,12 @@ class Admin:
         self._promised = promised
         self._front = front
         self._place = place
+        self._decisions = decisions
         self._page = files("router").joinpath("fleet.html").read_bytes()
         self._routes: dict[str, Callable[[Request, Reply], None]] = {
             "/metrics": self._prometheus,
             "/fleet": self._state,
+            DECISIONS: self._newest,
             "/targets": self._targets,
             "/routers": self._routers,
             "/health": self._alive,
@@ -55,11 +65,14 @@ class Admin:
     async def __call__(self, request: Request, reply: Reply) -> None:
         """Answers one request."""
         try:
-            if request.path not in self._routes:
+            route = self._routes.get(request.path)
+            if request.path.startswith(f"{DECISIONS}/"):
+                route = self._decision
+            if route is None:
                 raise UnknownRoute(f"The admin port serves {', '.join(self._routes)}")
             if request.method not in ("GET", "HEAD"):
                 raise MethodNotAllowed(request.path, "GET", "HEAD")
-            self._routes[request.path](request, reply)
+            route(request, reply)
         except ApiError as error:
             reply.send(error.status, [JSON, *error.headers], error_body(error))
 
@@ -87,6 +100,21 @@ class Admin:
         )
         reply.send(200, [JSON], body)
 
+    def _decision(self, request: Request, reply: Reply) -> None:
+        """That on one request; the newest, where its id was used again."""
+        request_id = unquote(request.path.removeprefix(f"{DECISIONS}/"))
+        decision = self._decisions.on(request_id)
+        reply.send(200, [JSON], msgspec.json.encode(self._told(decision)))
+
+    def _newest(self, request: Request, reply: Reply) -> None:
+        """The newest `last` of them."""
+        told = [self._told(decision) for decision in self._decisions.newest(last(request))]
+        reply.send(200, [JSON], msgspec.json.encode(told))
+
+    def _told(self, decision: Decision) -> dict[str, Any]:
+        epoch = time.time() - time.monotonic()  # the clock of event loops
+        return {"process": os.getpid(), **self._decisions.described(decision, epoch)}
+
     def _targets(self, request: Request, reply: Reply) -> None:
         """Every engine, for Prometheus' `http_sd_configs`: replicas come and go, its file stays as it is."""
         reply.send(200, [JSON], msgspec.json.encode([_target(standing) for standing in self._fleet]))
@@ -111,6 +139,14 @@ class Admin:
         replicas = [s for s in self._fleet if name in s.replica.models]
         ready = sum(s.state is State.READY for s in replicas)
         return {"name": name, "replicas": len(replicas), "ready": ready}
+
+
+def last(request: Request) -> int:
+    """How many decisions are asked for; raises BadRequest."""
+    said = parse_qs(urlsplit(request.target).query).get("last", [str(LAST)])[0]
+    if not said.isdecimal() or not 0 < int(said) <= MOST:
+        raise BadRequest(f"last: a number from 1 to {MOST} is expected, not {said!r}", param="last")
+    return int(said)
 
 
 def _process(member: Member) -> dict[str, object]:

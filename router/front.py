@@ -54,11 +54,26 @@ class FrontDoor:
         self._upstreams = Upstreams()
         policy = POLICIES[config.policy]
         self._relay = Relay(
-            self.fleet, policy, self.metrics, self._watch, self._upstreams, promised, config.aliases
+            self.fleet,
+            policy,
+            self.metrics,
+            self._watch,
+            self._upstreams,
+            promised,
+            config.aliases,
+            config.decisions,
         )
         self._front = Server(self._relay, refusal, config.limits, config.cors)
         self._place = Place(config.host, config.port, fleet or f"process {os.getpid()}", self._front)
-        admin = Admin(self.fleet, self.metrics, config.policy, promised, self._front, self._place)
+        admin = Admin(
+            self.fleet,
+            self.metrics,
+            config.policy,
+            promised,
+            self._front,
+            self._place,
+            self._relay.decisions,
+        )
         self._admin = Server(admin, refusal, config.limits)
         self.metrics.connections.set_function(lambda: len(self._front.connections))
 

@@ -18,6 +18,8 @@ from router.series import Counter, Counters, Histogram, Histograms
 # From a cached one-block prompt on a small model to a 100k-token prefill behind a queue.
 TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60)
 DURATION_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300, 600)
+# Around 1, where predictions come true: within a tenth, a fifth, half; then how far they are off.
+RATIO_BUCKETS = (0.1, 0.25, 0.5, 0.67, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2, 4, 10)
 # The router's own share: microseconds when idle, milliseconds when its loop is behind.
 OVERHEAD_BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1)
 # A body of the size limit holds the loop for 0.1 s; router.watchdog ends a process that is held for 10.
@@ -49,6 +51,12 @@ HISTOGRAMS = (
         "From the request's last byte to the reply's last.",
         DURATION_BUCKETS,
     ),
+    (
+        "ttft_ratio",
+        "ttft_prediction_ratio",
+        "Time to first token over what was predicted of it, where the prompt was known.",
+        RATIO_BUCKETS,
+    ),
 )
 
 
@@ -58,6 +66,7 @@ class ModelMetrics:
 
     ttft: Histogram
     duration: Histogram
+    ttft_ratio: Histogram
     prompt_tokens: Counter
     cached_tokens: Counter
     output_tokens: Counter
@@ -77,6 +86,9 @@ class Metrics:
         requests = self._counter("requests", "Requests answered, by HTTP status.", "model", "path", "code")
         self._retries = self._counter(
             "retries", "Requests placed again after a replica failed them.", "model", "reason"
+        )
+        self.decisions = self._counter(
+            "route_decisions", "Placements, by what they came to for the prompt's cache.", "policy", "branch"
         )
         self._of_model = {field: self._counter(name, help_) for field, name, help_ in COUNTERS} | {
             field: self._histogram(name, help_, bounds, "model") for field, name, help_, bounds in HISTOGRAMS

@@ -1,10 +1,21 @@
 import asyncio
-import contextlib
 import json
 import os
 
 import pytest
-from router_wire import VLLM_PAGES, WAIT_S, answering, client, engine, post, reply, until
+from router_wire import (
+    VLLM_PAGES,
+    WAIT_S,
+    answering,
+    client,
+    engine,
+    front_door,
+    get,
+    post,
+    reply,
+    said,
+    until,
+)
 
 from router.config import RouterConfig
 from router.errors import ListenError
@@ -13,28 +24,6 @@ from router.health import Endpoint
 
 CHAT = post("/v1/chat/completions", b'{"model":"m"}')
 PAGES = {**VLLM_PAGES, b"/v1/chat/completions": reply(b'{"answer":1}')}
-
-
-@contextlib.asynccontextmanager
-async def front_door(**settings):
-    config = RouterConfig(**{"host": "127.0.0.1", "port": 0, "admin_port": 0, **settings})
-    front = FrontDoor(config, promised=("m",))
-    await front.start()
-    await front.open()
-    try:
-        yield front
-    finally:
-        await front.stop(0)
-
-
-async def said(port, message):
-    async with client(port) as c:
-        await c.send(message)
-        return await c.reply()
-
-
-async def get(port, path, *headers):
-    return await said(port, "\r\n".join([f"GET {path} HTTP/1.1", "host: h", *headers, "", ""]).encode())
 
 
 async def test_announced_replicas_serve_and_withdrawn_ones_do_not():
