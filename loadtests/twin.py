@@ -58,8 +58,7 @@ class Setting:
     """What is simulated. Delays and periods in seconds.
 
     `kv_event_delay`: from the end of a step to the routers' knowledge. `gossip_delay`: from a change of a
-    router's load to the others' knowledge. `scrape_period`: how old `Report`s can be. `hardware`: what the
-    routers take the engines for (a key of step_model.PRIORS).
+    router's load to the others' knowledge. `scrape_period`: how old `Report`s can be.
     """
 
     engine: EngineConfig
@@ -68,7 +67,6 @@ class Setting:
     kv_event_delay: float = 0.05
     gossip_delay: float = 0.005
     scrape_period: float = 0.05
-    hardware: str = "gpu"
 
     def __post_init__(self) -> None:
         if self.engine.block_size != BLOCK_TOKENS:
@@ -228,7 +226,6 @@ class Router:
                     engine="simulated",
                     block_size=BLOCK_TOKENS,
                     num_blocks=setting.engine.num_gpu_blocks,
-                    hardware=setting.hardware,
                 ),
                 now=0.0,
             )
@@ -312,7 +309,7 @@ class Twin:
         """A request's last token reaches its router."""
         router, flight, outcome = request.router, request.flight, request.outcome
         assert router and flight and outcome and request.first_token_at is not None
-        router.fleet.finished(flight, self.heap.now)
+        router.fleet.finished(flight, self.heap.now, outcome.arrival.output_length)
         self._in_flight[outcome.replica] -= 1
         outcome.tpot = (self.heap.now - request.first_token_at) / max(1, outcome.arrival.output_length - 1)
         self._gossip(router, outcome.replica)
