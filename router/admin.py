@@ -18,6 +18,7 @@ import msgspec
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from router.core.fleet import Fleet, Standing, State
+from router.core.step_model import PRIORS
 from router.decisions import Decision, Decisions
 from router.errors import ApiError, BadRequest, MethodNotAllowed, UnknownRoute
 from router.http.server import Reply, Request, Server
@@ -80,7 +81,7 @@ class Admin:
         reply.send(200, [JSON], b'{"status":"ok"}')
 
     def _prometheus(self, request: Request, reply: Reply) -> None:
-        self._metrics.observe(self._fleet, self._promised)
+        self._metrics.observe(self._fleet, self._promised, time.monotonic())
         body = generate_latest(self._metrics.registry)
         reply.send(200, [(b"content-type", CONTENT_TYPE_LATEST.encode())], body)
 
@@ -95,7 +96,7 @@ class Admin:
                 "process": self._process(),
                 "processes": [_process(member) for member in self._place.members],
                 "models": [self._model(name) for name in sorted({*self._promised, *self._fleet.models()})],
-                "replicas": [_described(standing) for standing in self._fleet],
+                "replicas": [_described(standing, time.monotonic()) for standing in self._fleet],
             }
         )
         reply.send(200, [JSON], body)
@@ -154,7 +155,7 @@ def _process(member: Member) -> dict[str, object]:
     return {"rank": member.rank, "pid": member.process.pid, "admin_port": member.admin_port}
 
 
-def _described(standing: Standing) -> dict[str, object]:
+def _described(standing: Standing, now: float) -> dict[str, object]:
     return {
         **asdict(standing.replica),
         "state": standing.state,
@@ -162,6 +163,21 @@ def _described(standing: Standing) -> dict[str, object]:
         "awaiting_first_token": standing.awaiting_first_token,
         "finished": standing.finished,
         "failures": standing.failures,
+        "decoding": standing.decoding,
+        "context_tokens": standing.context,
+        "backlog_s": standing.backlog_s(now),
+        "step_model": _step_model(standing),
+    }
+
+
+def _step_model(standing: Standing) -> dict[str, object]:
+    """What it began from, what was learnt since, and what that makes of a step at this moment."""
+    steps = standing.steps
+    return {
+        "prior": next(kind for kind, prior in PRIORS.items() if prior is steps.prior),
+        "prefill": asdict(steps.prefill),
+        "decode": asdict(steps.decode),
+        "step_s": standing.step_s(),
     }
 
 

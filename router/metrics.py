@@ -106,24 +106,38 @@ class Metrics:
         self.connections = self._gauge("client_connections", "Open client connections.")
         self._replicas = self._gauge("replicas", "Replicas by state.", "model", "state")
         self._in_flight = self._gauge("requests_in_flight", "Requests at a replica now.", "model", "replica")
+        self._backlog = self._gauge(
+            "replica_backlog_seconds", "Prefill promised to a replica and not done yet.", "model", "replica"
+        )
+        self._factors = self._gauge(
+            "step_model_factor",
+            "What a replica's step times are, times those of its kind of engine, as learnt.",
+            "model",
+            "replica",
+            "phase",
+        )
         self.requests = requests.labels  # (model, path, code)
         self.of = cache(self._born)  # (model), only of models that exist
 
-    def observe(self, fleet: Fleet, promised: Iterable[str]) -> None:
+    def observe(self, fleet: Fleet, promised: Iterable[str], now: float) -> None:
         """Sets what is a state of the fleet, not an event; called when metrics are read.
 
         Replicas that left are forgotten, since ids are new with every start. A model's counters begin at zero
         when it is known: `increase()` does not see a counter that is born at one.
         """
-        self._replicas.clear()
-        self._in_flight.clear()
+        for gauge in (self._replicas, self._in_flight, self._backlog, self._factors):
+            gauge.clear()
         tally = Tally((model, s.state) for s in fleet for model in s.replica.models)
         for model in {*promised, *fleet.models()}:
             self.of(model)
             for state in State:
                 self._replicas.labels(model, state).set(tally[model, state])
         for standing in fleet:
-            self._in_flight.labels(standing.replica.models[0], standing.id).set(standing.in_flight)
+            labels = (standing.replica.models[0], standing.id)
+            self._in_flight.labels(*labels).set(standing.in_flight)
+            self._backlog.labels(*labels).set(standing.backlog_s(now))
+            self._factors.labels(*labels, "prefill").set(standing.steps.prefill.value)
+            self._factors.labels(*labels, "decode").set(standing.steps.decode.value)
 
     def _born(self, model: str) -> ModelMetrics:
         retries = {reason: self._retries.labels(model, reason) for reason in RETRY_REASONS}
