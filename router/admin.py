@@ -11,12 +11,13 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib.resources import files
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import msgspec
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
+from router.arrivals import Arrivals
 from router.core.fleet import Fleet, Standing, State
 from router.core.step_model import PRIORS
 from router.decisions import Decision, Decisions
@@ -26,6 +27,8 @@ from router.metrics import Metrics
 from router.openai_api import error_body
 from router.place import Place
 from router.port import Member
+
+T = TypeVar("T")
 
 JSON = (b"content-type", b"application/json")
 DECISIONS = "/decisions"
@@ -45,6 +48,7 @@ class Admin:
         front: Server,
         place: Place,
         decisions: Decisions,
+        arrivals: Arrivals,
     ) -> None:
         self._fleet = fleet
         self._metrics = metrics
@@ -53,11 +57,13 @@ class Admin:
         self._front = front
         self._place = place
         self._decisions = decisions
+        self._arrivals = arrivals
         self._page = files("router").joinpath("fleet.html").read_bytes()
         self._routes: dict[str, Callable[[Request, Reply], None]] = {
             "/metrics": self._prometheus,
             "/fleet": self._state,
             DECISIONS: self._newest,
+            "/arrivals": self._arrived,
             "/targets": self._targets,
             "/routers": self._routers,
             "/health": self._alive,
@@ -109,12 +115,20 @@ class Admin:
 
     def _newest(self, request: Request, reply: Reply) -> None:
         """The newest `last` of them."""
-        told = [self._told(decision) for decision in self._decisions.newest(last(request))]
+        count = number(request, "last", LAST)
+        if not 0 < count <= MOST:
+            raise BadRequest(f"last: a number from 1 to {MOST} is expected", param="last")
+        told = [self._told(decision) for decision in self._decisions.newest(count)]
         reply.send(200, [JSON], msgspec.json.encode(told))
 
     def _told(self, decision: Decision) -> dict[str, Any]:
         epoch = time.time() - time.monotonic()  # the clock of event loops
         return {"process": os.getpid(), **self._decisions.described(decision, epoch)}
+
+    def _arrived(self, request: Request, reply: Reply) -> None:
+        """Requests answered since, for `herd record`."""
+        batch = self._arrivals.after(number(request, "after", None), time.monotonic())
+        reply.send(200, [JSON], msgspec.json.encode(batch))
 
     def _targets(self, request: Request, reply: Reply) -> None:
         """Every engine, for Prometheus' `http_sd_configs`: replicas come and go, its file stays as it is."""
@@ -142,12 +156,14 @@ class Admin:
         return {"name": name, "replicas": len(replicas), "ready": ready}
 
 
-def last(request: Request) -> int:
-    """How many decisions are asked for; raises BadRequest."""
-    said = parse_qs(urlsplit(request.target).query).get("last", [str(LAST)])[0]
-    if not said.isdecimal() or not 0 < int(said) <= MOST:
-        raise BadRequest(f"last: a number from 1 to {MOST} is expected, not {said!r}", param="last")
-    return int(said)
+def number(request: Request, name: str, default: T) -> int | T:
+    """A number in the query of the target; raises BadRequest where it is none."""
+    said = parse_qs(urlsplit(request.target).query, keep_blank_values=True).get(name)
+    if said is None:
+        return default
+    if not said[0].isdecimal():
+        raise BadRequest(f"{name}: a number is expected, not {said[0]!r}", param=name)
+    return int(said[0])
 
 
 def _process(member: Member) -> dict[str, object]:

@@ -164,6 +164,25 @@ def explain(request_id: str | None, last: int | None, port: int, as_json: bool, 
 
 
 @main.command()
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--seconds", type=click.FloatRange(min=0), help="For how long.  [default: until Ctrl-C]")
+@click.option("--port", default=PORT, show_default=True, help="The endpoint's port.")
+@run_dir
+def record(file: Path, seconds: float | None, port: int, run_dir: Path | None) -> None:
+    """Record live traffic as a trace that can be replayed: when requests came, how long they were, what their
+    prompts have in common; no text.
+
+    FILE is in the form of Mooncake's traces, and compressed if it ends in .gz.
+    """
+    from router import record
+
+    recorded = record.run(lambda: _admins(run_dir, port), file, seconds)
+    click.echo(f"{recorded.requests} requests in {file}.")
+    if recorded.blind:
+        click.echo(f"The prompts of {recorded.blind} could not be read: they have nothing in common there.")
+
+
+@main.command()
 @click.option(
     "--worker-urls", required=True, multiple=True, metavar="URL...", help="vLLM servers that run already."
 )

@@ -73,6 +73,7 @@ class FrontDoor:
             self._front,
             self._place,
             self._relay.decisions,
+            self._relay.arrivals,
         )
         self._admin = Server(admin, refusal, config.limits)
         self.metrics.connections.set_function(lambda: len(self._front.connections))

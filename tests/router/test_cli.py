@@ -19,7 +19,7 @@ def run(*args: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    "command", [(), ("up",), ("down",), ("status",), ("explain",), ("route",), ("engine",)]
+    "command", [(), ("up",), ("down",), ("status",), ("explain",), ("record",), ("route",), ("engine",)]
 )
 def test_help_lists_options_and_needs_neither_ray_nor_the_router(command: tuple[str, ...]) -> None:
     loaded = (
