@@ -19,7 +19,9 @@ from urllib.parse import unquote
 import msgspec
 
 from router import multipart, openai_api, responses_api
-from router.affinity import affinity_key
+from router.affinity import affinity_key, session
+from router.arrivals import Arrivals
+from router.core.blocks import Prompt
 from router.core.fleet import Fleet, Flight, Replica, View
 from router.core.placement import KEYED, Placement, Policy
 from router.decisions import AS_USUAL, Decision, Decisions, DecisionsConfig
@@ -57,6 +59,7 @@ class Journey:
     request_id: bytes
     reply: Reply
     metrics: ModelMetrics
+    prompt: Prompt | None = None
     decision: Decision | None = None
     flight: Flight | None = None
     passage: Passage | None = None
@@ -86,6 +89,7 @@ class Relay:
         self._upstreams = upstreams
         self._keepers = Keepers(fleet, watch)
         self.decisions = Decisions(policy.__name__, decisions, metrics.decisions)
+        self.arrivals = Arrivals()
         self._started = int(time.time())
 
     async def __call__(self, request: Request, reply: Reply) -> None:
@@ -254,8 +258,11 @@ class Relay:
             decision.answered(passage.usage, passage.error)
             if call.family.keeps:
                 self._keepers.learn(passage.response_id, flight.standing.id)
-        elapsed = asyncio.get_running_loop().time() - journey.request.received_at
-        journey.metrics.duration.observe(elapsed)
+        came_at, now = journey.request.received_at, asyncio.get_running_loop().time()
+        journey.metrics.duration.observe(now - came_at)
+        if decision.usage is not None and self.arrivals.wanted(now):
+            named = session(journey.request.headers)
+            self.arrivals.note(came_at, decision.usage, journey.prompt, named)
 
     # -- what is noted
 
