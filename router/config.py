@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from router.core.placement import POLICIES
+from router.decisions import DecisionsConfig
 from router.errors import ConfigError
 from router.http.cors import Cors
 from router.http.requests import Limits
@@ -31,7 +32,7 @@ class RouterConfig(BaseModel):
     index is divided; with 1 every process holds all of it, with more it holds what belongs to its requests,
     and passes others' on (router/shards.py). `aliases`: other names of models, each
     with the name that engines know. `limits`: of what clients send (router/http/requests.py). `cors`: which
-    web pages may call (router/http/cors.py).
+    web pages may call (router/http/cors.py). `decisions`: what is told of placements (router/decisions.py).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -46,6 +47,7 @@ class RouterConfig(BaseModel):
     aliases: dict[Name, Name] = {}
     limits: Limits = Limits()
     cors: Cors = Cors()
+    decisions: DecisionsConfig = DecisionsConfig()
 
     @field_validator("policy")
     @classmethod

@@ -67,16 +67,31 @@ class FrontDoor:
         self._met: list[Contact] | None = None
         policy = POLICIES[config.policy]
         self._relay = Relay(
-            self.fleet, policy, self.metrics, self._watch, self._upstreams, promised, config.aliases,
+            self.fleet,
+            policy,
+            self.metrics,
+            self._watch,
+            self._upstreams,
+            promised,
+            config.aliases,
             self._gossip.placed,
-        )  # fmt: skip
+            config.decisions,
+        )
         self._shards = Shards(self._relay, self._gossip, self.metrics, config.shards, config.aliases)
         handler = self._relay if config.shards == 1 else self._shards
         self._front = Server(handler, refusal, config.limits, config.cors)
         self._direct = Server(self._relay, refusal, config.limits)
         self._place = Place(config.host, config.port, fleet or f"process {os.getpid()}", self._front)
         admin = Admin(
-            self.fleet, self.metrics, config.policy, promised, self._front, self._place, self._gossip
+            self.fleet,
+            self.metrics,
+            config.policy,
+            promised,
+            self._front,
+            self._place,
+            self._gossip,
+            self._relay.decisions,
+            self._relay.arrivals,
         )
         self._admin = Server(admin, refusal, config.limits)
         self.metrics.connections.set_function(lambda: len(self._front.connections))
