@@ -17,6 +17,7 @@ from router.core.placement import POLICIES
 from router.errors import ConfigError
 from router.http.cors import Cors
 from router.http.requests import Limits
+from router.tokenizer_config import TokenizerConfig
 from workers.engine import EngineSpec
 
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -28,8 +29,9 @@ class RouterConfig(BaseModel):
     """The front door: where it listens and how it chooses. Port 0 takes any free one.
 
     `replicas`: router processes; those on one machine share the port. `aliases`: other names of models, each
-    with the name that engines know. `limits`: of what clients send (router/http/requests.py). `cors`: which
-    web pages may call (router/http/cors.py).
+    with the name that engines know. `tokenizers`: by model, `*` for all others (router/tokenizer_config.py).
+    `allow_kv_transfer_params`: clients may send their own. `limits`: of what clients send
+    (router/http/requests.py). `cors`: which web pages may call (router/http/cors.py).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -40,6 +42,8 @@ class RouterConfig(BaseModel):
     admin_port: Port = 8001  # of the first router process on a machine; the next ones have the next ports
     replicas: Annotated[int, Field(ge=1)] = 1
     policy: str = "least_requests"
+    tokenizers: dict[Name, TokenizerConfig] = {}
+    allow_kv_transfer_params: bool = False
     aliases: dict[Name, Name] = {}
     limits: Limits = Limits()
     cors: Cors = Cors()

@@ -45,6 +45,8 @@ class Endpoint:
 class _Model(msgspec.Struct):
     id: str
     max_model_len: int | None = None
+    root: str | None = None
+    parent: str | None = None
 
 
 class _Listing(msgspec.Struct):
@@ -83,6 +85,8 @@ async def learn(client: httpx.AsyncClient, endpoint: Endpoint) -> Replica:
         max_model_len=next((m.max_model_len for m in models if m.max_model_len), None),
         kv_events=reachable(source.endpoint, endpoint.url),
         kv_replay=reachable(source.replay_endpoint, endpoint.url),
+        root=next((model.root for model in models if model.parent is None), None),
+        adapters=frozenset(model.id for model in models if model.parent is not None),
     )
 
 

@@ -20,7 +20,8 @@ from router.core.step_model import StepModel
 class Replica:
     """One engine as membership announced it and as it described itself. `id` is new with every start.
 
-    `block_size` (tokens) and `num_blocks` are those of its KV cache.
+    `block_size` (tokens) and `num_blocks` are those of its KV cache. `root`: where its model came from, as it
+    says. `adapters`: those of its models that are LoRA adapters.
     """
 
     id: str
@@ -32,6 +33,8 @@ class Replica:
     num_blocks: int | None = None
     kv_events: str | None = None
     kv_replay: str | None = None
+    root: str | None = None
+    adapters: frozenset[str] = frozenset()
 
 
 class State(StrEnum):
