@@ -153,6 +153,13 @@ def status(port: int, as_json: bool, run_dir: Path | None) -> None:
     help="Another name for a model; may be given several times.",
 )
 @click.option(
+    "--tokenizer",
+    "sources",
+    multiple=True,
+    metavar="[MODEL=]DIR",
+    help="Where a model has its tokenizer and chat template.  [default: as its engines say, if it is here]",
+)
+@click.option(
     "--processes",
     type=click.IntRange(min=1),
     default=1,
@@ -164,6 +171,7 @@ def route(
     more_urls: tuple[str, ...],
     policy: str | None,
     aliases: tuple[str, ...],
+    sources: tuple[str, ...],
     processes: int,
     **listen: Any,
 ) -> None:
@@ -171,9 +179,14 @@ def route(
 
     With several processes SIGHUP replaces them, one after the other, without losing a connection.
     """
-    from router.route import run, stands_for
+    from router.route import run, stands_for, tokenizers
 
-    settings = {**listen, "replicas": processes, "aliases": stands_for(aliases)}
+    settings = {
+        **listen,
+        "replicas": processes,
+        "aliases": stands_for(aliases),
+        "tokenizers": tokenizers(sources),
+    }
     if policy is not None:
         settings["policy"] = policy
     if processes == 1:

@@ -21,8 +21,8 @@ from router.http.event_watch import CHUNKS, UNKNOWN, Ending
 from router.http.sse import EventStream, Usage, usage_of
 
 Fields = dict[str, msgspec.Raw]
-# What tells an engine to take KV blocks, or the prompt itself, from elsewhere: in vLLM's chats, messages and
-# responses.
+# What tells an engine to take KV blocks, or the prompt itself, from elsewhere. A prompt is what vLLM looks
+# for in chats, messages and responses.
 TRANSFER = "kv_transfer_params"
 Aliases = Mapping[str, str]
 
