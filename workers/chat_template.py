@@ -240,7 +240,7 @@ _OF_EVERY_DICT = frozenset(dir({}))
 _METHODS = (MethodType, BuiltinMethodType)
 
 
-class _Generation(Extension):
+class Generation(Extension):
     """`{% generation %}` marks for training what the model says; here it changes nothing."""
 
     tags = {"generation"}
@@ -253,7 +253,7 @@ class _Generation(Extension):
 @lru_cache(maxsize=1)
 def _environment() -> _Environment:
     """Jinja as transformers sets it up for chat templates."""
-    environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+    environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
