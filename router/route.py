@@ -80,7 +80,7 @@ def tokenizers(given: Sequence[str]) -> dict[str, dict[str, str]]:
         if not directory or (separator and not model):
             raise ConfigError(f"--tokenizer: {one!r} is not of the form [MODEL=]DIR")
         if sources.setdefault(model or ANY, {"source": directory})["source"] != directory:
-            raise ConfigError(f"--tokenizer: {model or 'the one of all models'!r} is given twice")
+            raise ConfigError(f"--tokenizer: that of {model or 'all models'} is given twice")
     return sources
 
 
