@@ -19,6 +19,8 @@ from router.series import Counter, Counters, Histogram, Histograms
 # From a cached one-block prompt on a small model to a 100k-token prefill behind a queue.
 TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60)
 DURATION_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300, 600)
+# Around 1, where predictions come true: within a tenth, a fifth, half; then how far they are off.
+RATIO_BUCKETS = (0.1, 0.25, 0.5, 0.67, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2, 4, 10)
 # The router's own share: microseconds when idle, milliseconds when its loop is behind.
 OVERHEAD_BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1)
 # A body of the size limit holds the loop for 0.1 s; router.watchdog ends a process that is held for 10.
@@ -26,6 +28,11 @@ LAG_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 
 
 # Why a request was placed again: no connection to the replica, or its reply was cut.
 RETRY_REASONS = ("connect", "cut")
+# What became of datagrams between router processes: those of a process that is not known, whose signature is
+# another's, or that are no newer than what is known, are dropped.
+DATAGRAM_FATES = ("sent", "taken", "stale", "unknown", "forged", "malformed")
+# Whether the owner of a request answered it; where it failed the request was served by the first router.
+OWNER_OUTCOMES = ("passed", "failed")
 
 # Of each model, by the field of ModelMetrics: its name for Prometheus, and what it is.
 COUNTERS = (
@@ -53,6 +60,12 @@ HISTOGRAMS = (
         "From the request's last byte to the reply's last.",
         DURATION_BUCKETS,
     ),
+    (
+        "ttft_ratio",
+        "ttft_prediction_ratio",
+        "Time to first token over what was predicted of it, where the prompt was known.",
+        RATIO_BUCKETS,
+    ),
 )
 
 
@@ -62,6 +75,7 @@ class ModelMetrics:
 
     ttft: Histogram
     duration: Histogram
+    ttft_ratio: Histogram
     prompt_tokens: Counter
     cached_tokens: Counter
     output_tokens: Counter
@@ -93,6 +107,9 @@ class Metrics:
         self._trust_changes = self._counter(
             "trust_changes", "Times that the trust in a replica's cache changed.", "model", "to", "reason"
         )
+        self.decisions = self._counter(
+            "route_decisions", "Placements, by what they came to for the prompt's cache.", "policy", "branch"
+        )
         self._of_model = {field: self._counter(name, help_) for field, name, help_ in COUNTERS} | {
             field: self._histogram(name, help_, bounds, "model") for field, name, help_, bounds in HISTOGRAMS
         }
@@ -106,6 +123,13 @@ class Metrics:
             "How much later than due the event loop came to a timer: what every request there waits as well.",
             LAG_BUCKETS,
         ).labels()
+        datagrams = self._counter("gossip_datagrams", "Datagrams between router processes.", "fate")
+        self.datagrams = {fate: datagrams.labels(fate) for fate in DATAGRAM_FATES}
+        relayed = self._counter(
+            "relayed_to_owner", "Requests passed on to the router process that owns them.", "outcome"
+        )
+        self.relayed_to_owner = {outcome: relayed.labels(outcome) for outcome in OWNER_OUTCOMES}
+        self.peers = self._gauge("gossip_peers", "Other router processes that speak.")
         self.connections = self._gauge("client_connections", "Open client connections.")
         self._replicas = self._gauge("replicas", "Replicas by state.", "model", "state")
         self._in_flight = self._gauge("requests_in_flight", "Requests at a replica now.", "model", "replica")
@@ -116,18 +140,27 @@ class Metrics:
             "replica",
             "state",
         )
+        self._backlog = self._gauge(
+            "replica_backlog_seconds", "Prefill promised to a replica and not done yet.", "model", "replica"
+        )
+        self._factors = self._gauge(
+            "step_model_factor",
+            "What a replica's step times are, times those of its kind of engine, as learnt.",
+            "model",
+            "replica",
+            "phase",
+        )
         self.requests = requests.labels  # (model, path, code)
         self.of = cache(self._born)  # (model), only of models that exist
 
-    def observe(self, fleet: Fleet, promised: Iterable[str]) -> None:
+    def observe(self, fleet: Fleet, promised: Iterable[str], now: float) -> None:
         """Sets what is a state of the fleet, not an event; called when metrics are read.
 
         Replicas that left are forgotten, since ids are new with every start. A model's counters begin at zero
         when it is known: `increase()` does not see a counter that is born at one.
         """
-        self._replicas.clear()
-        self._in_flight.clear()
-        self._trust.clear()
+        for gauge in (self._replicas, self._in_flight, self._trust, self._backlog, self._factors):
+            gauge.clear()
         tally = Tally((model, s.state) for s in fleet for model in s.replica.models)
         for model in {*promised, *fleet.models()}:
             self.of(model)
@@ -138,6 +171,9 @@ class Metrics:
             self._in_flight.labels(*labels).set(standing.in_flight)
             for trust in Trust:
                 self._trust.labels(*labels, trust).set(trust is standing.trust)
+            self._backlog.labels(*labels).set(standing.backlog_s(now))
+            self._factors.labels(*labels, "prefill").set(standing.steps.prefill.value)
+            self._factors.labels(*labels, "decode").set(standing.steps.decode.value)
 
     def _born(self, model: str) -> ModelMetrics:
         retries = {reason: self._retries.labels(model, reason) for reason in RETRY_REASONS}

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import NamedTuple
 
+import msgspec
+
 from router.core.blocks import TEXT_BLOCK_TOKENS, Keys, Prompt
 from router.core.kv_events import AllBlocksCleared, KVEvent
 from router.core.kv_index import HISTORY, KVIndex, bits_of
@@ -23,8 +25,9 @@ UNTOLD_CAPACITY = 400_000
 class Replica:
     """One engine as membership announced it and as it described itself. `id` is new with every start.
 
-    `block_size` (tokens) and `num_blocks` are those of its KV cache.
-    `prefix_caching`: it keeps what it computed. `ranks`: data-parallel engines, each with a cache of its own.
+    `block_size` (tokens) and `num_blocks` are those of its KV cache. `prefix_caching`: it keeps what it
+    computed. `ranks`: data-parallel engines, each with a cache of its own. `root`: where its model came from,
+    as it says. `adapters`: those of its models that are LoRA adapters.
     """
 
     id: str
@@ -38,6 +41,8 @@ class Replica:
     kv_replay: str | None = None
     prefix_caching: bool = True
     ranks: int = 1
+    root: str | None = None
+    adapters: frozenset[str] = frozenset()
 
 
 class State(StrEnum):
@@ -59,8 +64,7 @@ class Trust(StrEnum):
     LOAD = "load"
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
+class Load(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Work at a replica: requests, seconds of prefill promised, sequences decoding, tokens behind those."""
 
     in_flight: int = 0
@@ -75,6 +79,9 @@ class Load:
             self.decoding + other.decoding,
             self.context + other.context,
         )
+
+
+NO_LOAD = Load()
 
 
 @dataclass(slots=True)
@@ -99,7 +106,7 @@ class Standing:
     trust_reason: str = "nothing is known of its cache yet"
     key_blocks: int = 0
     takes_ids: bool = False
-    elsewhere: Load = Load()
+    elsewhere: Load = NO_LOAD
     prefills: dict[int, Flight] = field(default_factory=dict)  # in order of their start
     prefill_s: float = 0.0  # of all of them
     prefilled_s: float = 0.0  # of all that were before
@@ -122,13 +129,25 @@ class Standing:
         """Its bit in the KV index: of what its events told, or of what was sent there."""
         return self.bit if self.trust is Trust.EXACT else self.bit << HISTORY
 
+    @property
+    def requests(self) -> int:
+        """Requests in flight here, of all routers."""
+        return self.in_flight + self.elsewhere.in_flight
+
+    def own_load(self, now: float) -> Load:
+        """What this router has here."""
+        return Load(self.in_flight, self._own_backlog_s(now), self.decoding, self.context)
+
     def backlog_s(self, now: float) -> float:
         """Seconds of prefill that were promised here, by all routers, and are not done yet."""
+        return self._own_backlog_s(now) + self.elsewhere.prefill_s
+
+    def _own_backlog_s(self, now: float) -> float:
         if not self.prefills:
-            return self.elsewhere.prefill_s
+            return 0.0
         head = next(iter(self.prefills.values()))
         done = min(max(0.0, now - self.head_since), head.forecast.prefill_s)
-        return self.prefill_s - done + self.elsewhere.prefill_s
+        return self.prefill_s - done
 
     def step_s(self) -> float:
         """Seconds of a step that only decodes, with all that decode here now."""
@@ -353,6 +372,18 @@ class Fleet:
         if not standing.prefills:
             standing.prefill_s = 0.0  # what is left is rounding
         standing.head_since = now
+
+    # -- what several routers tell each other
+
+    def loads(self, now: float) -> dict[str, Load]:
+        """What this router has at each replica, by its id; those where it has nothing are left out."""
+        return {id: s.own_load(now) for id, s in self._standings.items() if s.in_flight}
+
+    def elsewhere(self, replica_id: str, load: Load) -> None:
+        """What the other routers have at the replica, all together."""
+        standing = self._standings.get(replica_id)
+        if standing is not None:
+            standing.elsewhere = load
 
     # -- what policies see
 

@@ -74,7 +74,6 @@ class Server:
             self.metrics,
             self.faults,
             self.publisher,
-            speed=chosen.speed,
             max_num_queued_reqs=chosen.max_num_queued_reqs,
         )
         self.service = Service(
