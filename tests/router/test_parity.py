@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from random import Random
 
 import httpx
-import msgspec
 import pytest
 import zmq
 import zmq.asyncio
@@ -19,7 +18,6 @@ from support import Running, Start, eventually, free_ports
 from xxhash import xxh3_64_intdigest
 
 from router.canary import CHAT, request
-from router.core.blocks import Prompt
 from router.core.fleet import Fleet, Trust
 from router.core.kv_events import decode_batch
 from router.core.trust import Cause, Doubt
@@ -27,14 +25,12 @@ from router.health import Endpoint, learn
 from router.http.sse import usage_of
 from router.metrics import Metrics
 from router.parity import SAMPLE_EVERY, Parity
+from router.tokenizer import Tokenizers
+from router.tokenizer_config import TokenizerConfig
 from workers import demo_model
-from workers.chat_messages import tool_dicts
-from workers.chat_template import ChatTemplate
-from workers.tokenizer import Tokenizer
 
 MODEL = demo_model.NAME
-TOKENIZER = Tokenizer(demo_model.tokenizer_dir())
-TEMPLATE = ChatTemplate(demo_model.tokenizer_dir())
+DEMO = {MODEL: TokenizerConfig(source="demo")}
 
 
 @dataclass
@@ -74,29 +70,20 @@ class Engine:
 class Bench:
     """One replica, its feed and its parity, and what a relay does with a request."""
 
-    def __init__(self, engine, no_tokenizer=None):
-        self.engine, self.no_tokenizer = engine, no_tokenizer
+    def __init__(self, engine, tokenizers):
+        self.engine = engine
         self.fleet, self.metrics = Fleet(), Metrics()
-        self.parity = Parity(self.fleet, self.metrics, self.render, lambda model: no_tokenizer)
+        self.tokenizers = Tokenizers(tokenizers)
+        self.parity = Parity(self.fleet, self.metrics, self.tokenizers)
         self.asked = 0
         self.begun = []
-
-    async def render(self, call):
-        if self.no_tokenizer:
-            return Prompt(0)
-        body = {name: msgspec.json.decode(raw) for name, raw in call.fields.items()}
-        if "messages" in body:
-            tools = tool_dicts(body["tools"]) if "tools" in body else None
-            text = TEMPLATE.render(body["messages"], tools)
-        else:
-            text = body["prompt"]
-        ids = TOKENIZER.encode(text, add_special_tokens="messages" not in body)
-        return Prompt(len(ids), b"".join(i.to_bytes(4, "little") for i in ids))
 
     async def join(self):
         self.client = httpx.AsyncClient(trust_env=False, timeout=WAIT_S)
         await self.parity.start()
+        self.tokenizers.start()
         replica = await learn(self.client, Endpoint("r", self.engine.url))
+        self.tokenizers.follow(replica)
         self.fleet.joined(replica, self.now)
         self.feed = asyncio.create_task(self.follow(replica))
         self.parity.joined(replica)
@@ -104,6 +91,7 @@ class Bench:
     async def leave(self):
         self.parity.left("r")
         await self.parity.stop()
+        await self.tokenizers.stop()
         self.feed.cancel()
         await self.client.aclose()
 
@@ -151,7 +139,7 @@ class Bench:
         """One request, placed and followed as the relay does it."""
         body = {"model": MODEL, "messages": messages, "max_tokens": 1}
         call = request(CHAT, body)
-        prompt = await self.render(call)
+        prompt = (await self.tokenizers.read(call)).prompt
         cached = self.fleet.view(MODEL, now=self.now, prompt=prompt).cached.get("r", ())
         flight = self.fleet.started("r", self.now, prompt, *([cached] if cached else []))
         self.asked += 1
@@ -170,8 +158,8 @@ def engine(start):
 
 
 @contextlib.asynccontextmanager
-async def bench(engine, **options):
-    it = Bench(engine, **options)
+async def bench(engine, tokenizers=DEMO):
+    it = Bench(engine, tokenizers)
     await it.join()
     try:
         yield it
@@ -227,11 +215,12 @@ async def test_what_an_engine_lacks_lowers_the_trust_and_not_the_service(
         await converse(it, 5)
 
 
-async def test_without_a_tokenizer_keys_are_of_text(engine):
+async def test_without_a_tokenizer_keys_are_of_text(engine, tmp_path):
     engine.run()
-    async with bench(engine, no_tokenizer="the model's tokenizer is not here") as it:
-        await until(lambda: it.standing.trust_reason == "the model's tokenizer is not here")
+    async with bench(engine, {MODEL: TokenizerConfig(source=str(tmp_path))}) as it:
+        await until(lambda: "cannot be loaded" in it.standing.trust_reason)
         assert (it.trust, it.standing.key_blocks, it.standing.takes_ids) == (Trust.APPROXIMATE, 0, False)
+        await converse(it, 5)
 
 
 async def test_an_engine_that_reports_nothing_is_checked_by_its_counters(engine):
