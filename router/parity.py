@@ -128,9 +128,10 @@ class Parity:
         if subject is None:
             subject = self._subjects[replica.id] = Subject(replica)
             self._spawn(subject, self._prove(subject))
-        self._describe(subject, replica)
-        if self._tokenizers.lacking(replica.models[0]) is not None:
-            self._spawn(subject, self._await_tokenizer(subject))
+        if self._tokenizers.lacking(replica.models[0]) is None:
+            self._describe(subject, replica)
+        else:
+            self._spawn(subject, self._await_tokenizer(subject, replica))
 
     def left(self, replica_id: str) -> None:
         """A replica left the fleet: whatever is under way about it ends."""
@@ -270,10 +271,10 @@ class Parity:
 
     # -- canaries
 
-    async def _await_tokenizer(self, subject: Subject) -> None:
-        """Begins anew when the model's tokenizer has been loaded, or could not be."""
+    async def _await_tokenizer(self, subject: Subject, replica: Replica) -> None:
+        """Begins when the model's tokenizer has been loaded, or could not be."""
         await self._tokenizers.settled()
-        self._describe(subject, subject.replica)
+        self._describe(subject, replica)
 
     async def _render(self, call: Call) -> Prompt:
         reading = await self._tokenizers.read(call)
@@ -281,7 +282,8 @@ class Parity:
         return reading.prompt
 
     async def _prove(self, subject: Subject) -> None:
-        """Sends canaries for as long as they can change something."""
+        """Sends canaries, once the replica is described, for as long as they can change something."""
+        await subject.woken.wait()
         while True:
             subject.woken.clear()
             try:

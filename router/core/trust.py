@@ -68,6 +68,7 @@ RETRY_S, LONGEST_RETRY_S = 1.0, 300.0
 # Right predictions in a row of which the earlier demotions are forgiven.
 FORGIVEN = 1000
 PROVEN = "its tokens, its events and what it reports agree with the router"
+NO_CANARY = "no canary has passed yet"
 UNVERIFIED = "its tokens and its events agree with the router; it does not report cached tokens"
 
 
@@ -211,7 +212,7 @@ class Record:
     reports: bool | None = None
     doubts: int = 0
     departures: Departures = field(default_factory=Departures)
-    _doubts: dict[Doubt, str] = field(default_factory=dict)
+    _doubts: dict[Doubt, str] = field(default_factory=lambda: {Doubt.UNPROVEN: NO_CANARY})
     _setbacks: int = 0
     _failures: int = 0
     _clean: int = 0
@@ -226,7 +227,7 @@ class Record:
         """
         self.doubts += 1
         self._doubts = _limits(replica, no_tokenizer)
-        self._doubts[Doubt.UNPROVEN] = "no canary has passed yet"
+        self._doubts[Doubt.UNPROVEN] = NO_CANARY
         self.block_size = 0 if no_tokenizer else replica.block_size or 0
         self.complete, self.reports = True, None
         self._clean = self._failures = self._suspicion = 0
