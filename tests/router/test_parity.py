@@ -186,7 +186,7 @@ async def converse(it, count):
 async def test_a_newcomer_is_proven_and_its_cache_known(engine):
     engine.run()
     async with bench(engine) as it:
-        assert it.trust is Trust.APPROXIMATE
+        assert it.trust is not Trust.EXACT
         await exact(it)
         assert it.standing.takes_ids
         await converse(it, 60)
