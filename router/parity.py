@@ -144,6 +144,7 @@ class Parity:
     def restarted(self, replica_id: str) -> None:
         """Its events began anew: the engine is another than the one that was proven."""
         if (subject := self._subjects.get(replica_id)) is not None:
+            subject.record.complete = True
             self._describe(subject, subject.replica)
 
     def doubted(self, replica_id: str, kind: Doubt, reason: str) -> None:

@@ -203,7 +203,7 @@ class Departures:
 class Record:
     """All that speaks for and against one replica.
 
-    `block_size`: tokens, 0 where its keys are of text. `complete`: its events were heard from its start.
+    `block_size`: tokens, 0 where its keys are of text. `complete`: the index has all that its events told from its start.
     `reports`: it says how much was cached; None until it answered. `doubts`: how many there were so far.
     """
 
@@ -229,7 +229,7 @@ class Record:
         self._doubts = _limits(replica, no_tokenizer)
         self._doubts[Doubt.UNPROVEN] = NO_CANARY
         self.block_size = 0 if no_tokenizer else replica.block_size or 0
-        self.complete, self.reports = True, None
+        self.reports = None
         self._clean = self._failures = self._suspicion = 0
         self._needed = 1
 
@@ -271,6 +271,8 @@ class Record:
             self._failures += 1
         if kind is not Doubt.UNPROVEN:
             self._needed = CONFIRMATIONS
+        if kind is Doubt.EVENTS_LOST:
+            self.complete = False
         self.doubts += 1
         self._doubts[kind] = reason
         self._clean = self._suspicion = self._right = 0
