@@ -206,10 +206,12 @@ class Parity:
             self._judge(subject, response._replace(keys=keys, held=self._held(subject, prompt)))
 
     def _judge(self, subject: Subject, response: Response) -> None:
+        doubts = subject.record.doubts
         cause = subject.record.judge(response)
         if cause is not None:
             self._metrics.of(subject.replica.models[0]).misses[cause].inc()
-        self._settle(subject)
+        if subject.record.doubts != doubts:
+            self._settle(subject)
 
     def _held(self, subject: Subject, prompt: Prompt) -> int:
         standing, size = self._fleet.get(subject.id), subject.record.block_size

@@ -203,8 +203,9 @@ class Departures:
 class Record:
     """All that speaks for and against one replica.
 
-    `block_size`: tokens, 0 where its keys are of text. `complete`: the index has all that its events told from its start.
-    `reports`: it says how much was cached; None until it answered. `doubts`: how many there were so far.
+    `block_size`: tokens, 0 where its keys are of text. `complete`: the index has all that its events told
+    since its start. `reports`: it says how much was cached; None until it answered. `doubts`: how many there
+    were so far.
     """
 
     block_size: int = 0

@@ -13,6 +13,7 @@ import httpx
 import pytest
 import zmq
 import zmq.asyncio
+from prometheus_client import generate_latest
 from router_wire import WAIT_S, until
 from support import Running, Start, eventually, free_ports
 from xxhash import xxh3_64_intdigest
@@ -195,6 +196,15 @@ async def test_a_newcomer_is_proven_and_its_cache_known(engine):
         # Now and then a request comes before the events of the one before it.
         assert metrics.predicted_cached.value == pytest.approx(metrics.reported_cached.value, rel=0.05)
         assert it.misses.keys() <= {Cause.LATE}
+        it.metrics.observe(it.fleet, (), it.now)
+        told = generate_latest(it.metrics.registry).decode().splitlines()
+        of = f'model="{MODEL}",replica="r"'
+        assert f'herd_replica_trust{{{of},state="exact"}} 1.0' in told
+        assert f'herd_replica_trust{{{of},state="load"}} 0.0' in told
+        assert f'herd_trust_changes_total{{model="{MODEL}",reason="proven",to="exact"}} 1.0' in told
+        assert (
+            f'herd_trust_changes_total{{model="{MODEL}",reason="tokens_differ",to="approximate"}} 0.0' in told
+        )
         assert it.trust is Trust.EXACT
 
 
