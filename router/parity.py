@@ -279,11 +279,6 @@ class Parity:
         await self._tokenizers.settled()
         self._describe(subject, replica)
 
-    async def _render(self, call: Call) -> Prompt:
-        reading = await self._tokenizers.read(call)
-        assert reading.prompt is not None, call.family.path
-        return reading.prompt
-
     async def _prove(self, subject: Subject) -> None:
         """Sends canaries, once the replica is described, for as long as they can change something."""
         await subject.woken.wait()
@@ -327,7 +322,7 @@ class Parity:
     async def _compare(self, subject: Subject) -> Finding | None:
         engine, record = Engine(self._client, subject.replica), subject.record
         for name, call in [*conversations(engine.model), *(("a live request", c) for c in subject.samples)]:
-            prompt = await self._render(call)
+            prompt = await self._tokenizers.prompt(call)
             if prompt.token_ids is None:
                 continue  # the router sends text for these, so nobody relies on its tokens
             finding = await compare_tokens(engine, call, prompt.token_ids)
@@ -339,7 +334,7 @@ class Parity:
         if not subject.replica.prefix_caching:
             return None
         held = None if record.limited else partial(self._held, subject)
-        found = await compare_cache(engine, self._render, held, secrets.token_hex(8))
+        found = await compare_cache(engine, self._tokenizers.prompt, held, secrets.token_hex(8))
         if isinstance(found, Finding):
             if found.kind in CURABLE:
                 return found
