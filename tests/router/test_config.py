@@ -44,6 +44,8 @@ def test_a_model_may_have_other_names():
         ),
         ({"models": [MODEL], "router": {"aliases": {"a": ""}}}, "router.aliases.a: String should have"),
         ({"models": [MODEL], "router": {"limits": {"idle_s": 0}}}, "router.limits.idle_s: "),
+        ({"models": [MODEL], "router": {"decisions": {"keep": -1}}}, "router.decisions.keep: "),
+        ({"models": [MODEL], "router": {"decisions": {"log": 1}}}, "router.decisions.log: Extra inputs"),
         ({"models": [MODEL], "router": {"replicas": 0}}, "router.replicas: Input should be greater than"),
         (
             {"models": [MODEL], "router": {"replicas": 2, "shards": 3}},
