@@ -77,7 +77,13 @@ class FrontDoor:
             promised,
         )
         self._shards = Shards(
-            self._relay, self.fleet, self._gossip, self.metrics, config.shards, config.aliases
+            self._relay,
+            self.fleet,
+            self._caches,
+            self._gossip,
+            self.metrics,
+            config.shards,
+            config.aliases,
         )
         handler = self._relay if config.shards == 1 else self._shards
         self._front = Server(handler, refusal, config.limits, config.cors)

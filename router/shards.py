@@ -16,6 +16,7 @@ from router.core.fleet import Fleet
 from router.core.shards import knowing, owner
 from router.errors import ApiError, UpstreamError
 from router.gossip import ROUND_S, Gossip
+from router.health import Observer
 from router.http.server import Handler, Reply, Request
 from router.http.upstream import Upstreams
 from router.metrics import Metrics
@@ -26,12 +27,13 @@ log = logging.getLogger(__name__)
 
 
 class Shards:
-    """Handles a request by `relay`, or has its owner do so."""
+    """Handles a request by `relay`, or has its owner do so. `caches` follows the replicas of the share."""
 
     def __init__(
         self,
         relay: Handler,
         fleet: Fleet,
+        caches: Observer,
         gossip: Gossip,
         metrics: Metrics,
         shards: int,
@@ -39,6 +41,7 @@ class Shards:
     ) -> None:
         self._relay = relay
         self._fleet = fleet
+        self._caches = caches
         self._gossip = gossip
         self._outcomes = metrics.relayed_to_owner
         self._shards = shards
@@ -83,7 +86,17 @@ class Shards:
         for replica_id, names in known.items():
             for shares in (self._shares[model] for model in replicas[replica_id]):
                 shares.update({name: shares.get(name, 0) + 1 for name in names})
-        self._fleet.divided(frozenset(id for id, names in known.items() if own in names))
+        self._take(frozenset(replica_id for replica_id, names in known.items() if own in names))
+
+    def _take(self, share: frozenset[str]) -> None:
+        """This router knows these replicas from now on."""
+        before = frozenset(standing.id for standing in self._fleet if self._fleet.knows(standing.id))
+        self._fleet.divided(share)
+        for standing in self._fleet:
+            if standing.id in share - before:
+                self._caches.joined(standing.replica)
+            elif standing.id in before - share:
+                self._caches.left(standing.id)
 
     def _owner(self, request: Request) -> Contact | None:
         """The other router that owns a request; None if it is this one, or none."""
