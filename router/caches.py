@@ -17,6 +17,7 @@ class Caches:
     """Follows the replicas that the watch lets serve."""
 
     def __init__(self, config: RouterConfig, fleet: Fleet, metrics: Metrics) -> None:
+        self._fleet = fleet
         self._wanted = POLICIES[config.policy] in PROMPTED
         self.tokenizers = Tokenizers(config.tokenizers if self._wanted else {})
         self.parity = Parity(fleet, metrics, self.tokenizers)
@@ -32,8 +33,8 @@ class Caches:
         await self.tokenizers.stop()
 
     def joined(self, replica: Replica) -> None:
-        """A replica can be given requests: what it holds is to be learnt."""
-        if self._wanted:
+        """A replica can be given requests: what it holds is to be learnt, if it is this router's to know."""
+        if self._wanted and self._fleet.knows(replica.id):
             self.tokenizers.follow(replica)
             self.parity.joined(replica)
 
