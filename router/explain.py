@@ -71,7 +71,8 @@ def _request(told: Told) -> RenderableType:
     parts: list[RenderableType] = [_heads(told)]
     for number, attempt in enumerate(attempts, 1):
         if len(attempts) > 1:
-            parts += ["", Text(f"Attempt {number} of {len(attempts)}", style="bold")]
+            heading = f"Attempt {number} of {len(attempts)}: {attempt['outcome']}"
+            parts += ["", Text(heading, style="bold")]
         parts += ["", _candidates(attempt), "", _comparison(attempt)]
     return Group(*parts)
 

@@ -6,13 +6,16 @@ import json
 import re
 import subprocess
 from collections.abc import Iterator
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from rich.console import Console
 from support import HERD, ROOT, Server, eventually, get, processes, router, simulated_engine
 
+from router.explain import WIDTH, as_text
 from router.port import Port
 
 HELLO = {"messages": [{"role": "user", "content": "How many sheep are in the herd? " * 20}], "max_tokens": 4}
@@ -80,6 +83,37 @@ def test_people_get_tables(fleet):
     observed = attempt["observed"]
     assert re.search(rf"prompt tokens +{observed['prompt_tokens']}\b", done.stdout)
     assert re.search(rf"output tokens +{HELLO['max_tokens']}\b", done.stdout)
+
+
+def test_a_request_that_was_placed_again_shows_each_attempt():
+    def attempt(replica: str, outcome: str, cached: int, ttft_s: float | None) -> dict[str, Any]:
+        candidate = {
+            "replica": replica, "chosen": True, "trust": "exact", "cached_tokens": 1600, "slower_tokens": 0,
+            "backlog_s": 0.055, "prefill_s": 1.5, "cost_s": 1.6, "decoding": 1, "in_flight": 2,
+        }  # fmt: skip
+        return {
+            "placed_at": 1e9, "replica": replica, "reason": "costs least", "branch": "cached",
+            "token_ids": "sent", "outcome": outcome, "candidates": [candidate],
+            "predicted": {"prompt_tokens": 8000, "cached_tokens": 1600, "ttft_s": 0.5},
+            "observed": {
+                "prompt_tokens": 8000, "cached_tokens": cached, "output_tokens": 9,
+                "ttft_s": ttft_s, "duration_s": 3.0,
+            },
+        }  # fmt: skip
+
+    attempts = [
+        attempt("r0", "no connection; tried elsewhere", 0, None),
+        attempt("r1", "answered 200", 1584, 1),
+    ]
+    told = {"process": 1, "request_id": "a", "model": "m", "policy": "kv_aware", "attempts": attempts}
+    console = Console(width=WIDTH, file=StringIO())
+    console.print(as_text(told))
+    lines = [" ".join(line.split()) for line in console.file.getvalue().splitlines()]
+    assert "Attempt 1 of 2: no connection; tried elsewhere" in lines
+    assert "Attempt 2 of 2: answered 200" in lines
+    assert "→ r1 exact 1,600 0 55 ms 1.50 s 1.60 s 1 2" in lines
+    assert "cached tokens 1,600 1,584 -16" in lines
+    assert "first token 500 ms 1.00 s 2.00 times as long" in lines
 
 
 def test_without_an_id_the_last_are_listed(fleet):
