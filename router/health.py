@@ -45,6 +45,8 @@ class Endpoint:
 class _Model(msgspec.Struct):
     id: str
     max_model_len: int | None = None
+    root: str | None = None
+    parent: str | None = None
 
 
 class _Listing(msgspec.Struct):
@@ -90,6 +92,8 @@ async def learn(client: httpx.AsyncClient, endpoint: Endpoint) -> Replica:
         kv_replay=reachable(source.replay_endpoint, endpoint.url),
         prefix_caching='enable_prefix_caching="False"' not in cache,
         ranks=max(1, len(sources), cache.count("\nvllm:cache_config_info{")),
+        root=next((model.root for model in models if model.parent is None), None),
+        adapters=frozenset(model.id for model in models if model.parent is not None),
     )
 
 

@@ -25,8 +25,9 @@ UNTOLD_CAPACITY = 400_000
 class Replica:
     """One engine as membership announced it and as it described itself. `id` is new with every start.
 
-    `block_size` (tokens) and `num_blocks` are those of its KV cache.
-    `prefix_caching`: it keeps what it computed. `ranks`: data-parallel engines, each with a cache of its own.
+    `block_size` (tokens) and `num_blocks` are those of its KV cache. `prefix_caching`: it keeps what it
+    computed. `ranks`: data-parallel engines, each with a cache of its own. `root`: where its model came from,
+    as it says. `adapters`: those of its models that are LoRA adapters.
     """
 
     id: str
@@ -40,6 +41,8 @@ class Replica:
     kv_replay: str | None = None
     prefix_caching: bool = True
     ranks: int = 1
+    root: str | None = None
+    adapters: frozenset[str] = frozenset()
 
 
 class State(StrEnum):
