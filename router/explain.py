@@ -173,6 +173,8 @@ CANDIDATES: dict[str, Callable[[Told], str | None]] = {
     "SLOWER": lambda c: _count(c["slower_tokens"]),
     "BACKLOG": lambda c: _seconds(c["backlog_s"]),
     "PREFILL": lambda c: _seconds(c["prefill_s"]),
+    "FIRST TOKEN": lambda c: _seconds(c["ttft_s"]),
+    "STEP": lambda c: _seconds(c["step_s"]),
     "COST": lambda c: _seconds(c["cost_s"]),
     "DECODING": lambda c: _count(c["decoding"]),
     "IN FLIGHT": lambda c: _count(c["in_flight"]),
