@@ -160,7 +160,9 @@ async def relaying(
         fleet.joined(Replica(id=f"r{i}", url=url, models=(model,), max_model_len=100), now=0.0)
     metrics = Metrics()
     upstreams = Upstreams()
-    relay = Relay(fleet, policy, metrics, Watch(fleet, metrics), upstreams, (), aliases or {}, decisions)
+    relay = Relay(
+        fleet, policy, metrics, Watch(fleet, metrics), upstreams, (), aliases or {}, decisions=decisions
+    )
     async with serving(relay) as (_, port):
         try:
             yield relay, fleet, port
