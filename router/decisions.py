@@ -33,9 +33,10 @@ AWAY = "away"  # another one had more
 BRANCHES = (BLIND, COLD, CACHED, AWAY)
 
 # A candidate: requests in flight, sequences decoding, tokens cached at hand, on slower tiers; then, NAN where
-# the policy does not go by them, all of its Forecast and its cost.
-CANDIDATE = struct.Struct(f"4i{len(Forecast._fields)}ff")
-UNTOLD = Forecast._make([nan] * len(Forecast._fields))
+# the policy does not go by them, what was FORECAST, and its cost.
+CANDIDATE = struct.Struct("4i6f")
+FORECAST = ("backlog_s", "prefill_s", "step_s", "ttft_s", "busy")
+UNTOLD = Forecast(nan, nan, nan, nan, nan, 0)
 # Of the error that ended a stream as much is kept; vLLM's sentences are shorter.
 ERROR_BYTES = 300
 # What a header's value does not hold (RFC 9110, section 5.5, less what is not ASCII).
@@ -220,6 +221,7 @@ def _packed(view: View, placement: Placement) -> bytearray:
             forecast[1],
             forecast[2],
             forecast[3],
+            forecast[4],
             cost,
         )
         place += CANDIDATE.size
@@ -260,7 +262,7 @@ def _candidates(decision: Decision) -> Iterator[dict[str, Any]]:
             "trust": trust,
             "cached_tokens": cached,
             "slower_tokens": slower,
-            **{name: _known(number) for name, number in zip(Forecast._fields, forecast, strict=True)},
+            **{name: _known(number) for name, number in zip(FORECAST, forecast, strict=True)},
             "cost_s": _known(cost_s),
             "decoding": decoding,
             "in_flight": in_flight,

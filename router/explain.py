@@ -153,6 +153,10 @@ def _seconds(number: float | None) -> str | None:
     return f"{number * 1e3:.0f} ms" if number < 1 else f"{number:.2f} s"
 
 
+def _share(number: float | None) -> str | None:
+    return None if number is None else f"{number:.0%}"
+
+
 def _when(unix: float) -> str:
     return datetime.fromtimestamp(unix).astimezone().strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
 
@@ -175,6 +179,7 @@ CANDIDATES: dict[str, Callable[[Told], str | None]] = {
     "PREFILL": lambda c: _seconds(c["prefill_s"]),
     "FIRST TOKEN": lambda c: _seconds(c["ttft_s"]),
     "STEP": lambda c: _seconds(c["step_s"]),
+    "BUSY": lambda c: _share(c["busy"]),
     "COST": lambda c: _seconds(c["cost_s"]),
     "DECODING": lambda c: _count(c["decoding"]),
     "IN FLIGHT": lambda c: _count(c["in_flight"]),
