@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from router.core.placement import POLICIES
+from router.decisions import DecisionsConfig
 from router.errors import ConfigError
 from router.http.cors import Cors
 from router.http.requests import Limits
@@ -27,9 +28,11 @@ Config = TypeVar("Config", bound=BaseModel)
 class RouterConfig(BaseModel):
     """The front door: where it listens and how it chooses. Port 0 takes any free one.
 
-    `replicas`: router processes; those on one machine share the port. `aliases`: other names of models, each
+    `replicas`: router processes; those on one machine share the port. `shards`: into how many shares the KV
+    index is divided; with 1 every process holds all of it, with more it holds what belongs to its requests,
+    and passes others' on (router/shards.py). `aliases`: other names of models, each
     with the name that engines know. `limits`: of what clients send (router/http/requests.py). `cors`: which
-    web pages may call (router/http/cors.py).
+    web pages may call (router/http/cors.py). `decisions`: what is told of placements (router/decisions.py).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -39,10 +42,12 @@ class RouterConfig(BaseModel):
     admin_host: str = "127.0.0.1"
     admin_port: Port = 8001  # of the first router process on a machine; the next ones have the next ports
     replicas: Annotated[int, Field(ge=1)] = 1
+    shards: Annotated[int, Field(ge=1)] = 1
     policy: str = "least_requests"
     aliases: dict[Name, Name] = {}
     limits: Limits = Limits()
     cors: Cors = Cors()
+    decisions: DecisionsConfig = DecisionsConfig()
 
     @field_validator("policy")
     @classmethod
@@ -58,6 +63,12 @@ class RouterConfig(BaseModel):
             if model in aliases:
                 raise ValueError(f"{alias!r} stands for {model!r}, which is an alias itself")
         return aliases
+
+    @model_validator(mode="after")
+    def _owned(self) -> RouterConfig:
+        if self.shards > self.replicas:
+            raise ValueError(f"shards: {self.shards} need as many router processes, not {self.replicas}")
+        return self
 
     @model_validator(mode="after")
     def _ports_apart(self) -> RouterConfig:

@@ -22,7 +22,8 @@ def run(*args: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    "command", [(), ("up",), ("down",), ("status",), ("route",), ("simulate",), ("engine",)]
+    "command",
+    [(), ("up",), ("down",), ("status",), ("explain",), ("record",), ("route",), ("simulate",), ("engine",)],
 )
 def test_help_lists_options_and_needs_neither_ray_nor_the_router(command: tuple[str, ...]) -> None:
     loaded = (

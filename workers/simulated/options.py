@@ -30,6 +30,7 @@ class Options:
     """How to run one simulated engine."""
 
     model: Path | None = None
+    chat_template: Path | None = None
     served_model_name: tuple[str, ...] = ()
     host: str = "127.0.0.1"
     port: int = 8000
@@ -125,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog=PROGRAM, description="An engine with vLLM's wire and a modelled clock and cache.")
     add = parser.add_argument
     add("--model", type=Path, metavar="DIR", help="directory with tokenizer.json (default: the demo model's)")
+    add("--chat-template", type=Path, metavar="FILE", help="chat template, instead of the model directory's")
     add("--served-model-name", nargs="+", metavar="NAME", help="names that requests may use")
     add("--host")
     add("--port", type=int)
