@@ -7,9 +7,11 @@ of keys, which templates may print. What vLLM refuses, and what is not text alon
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 Message = dict[str, Any]
+# Content as one string or as a list of parts; "auto": as the template wants it.
+ContentFormat = Literal["auto", "string", "openai"]
 
 # Content parts that are text, and where in them it stands.
 TEXT_PARTS = {

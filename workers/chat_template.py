@@ -10,7 +10,7 @@ from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import jinja2
 from jinja2.ext import Extension, loopcontrols
@@ -19,11 +19,9 @@ from jinja2.parser import Parser
 from jinja2.runtime import Context, LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from workers.chat_messages import Message, Unrenderable, conversation
+from workers.chat_messages import ContentFormat, Message, Unrenderable, conversation
 from workers.content_format import wants_parts
 from workers.tokenizer import read_config, read_json, special_tokens
-
-ContentFormat = Literal["auto", "string", "openai"]
 
 DEFAULT, WITH_TOOLS = "default", "tool_use"
 # What a request's chat_template_kwargs cannot set: the parameters of transformers' `apply_chat_template`.
