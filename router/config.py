@@ -145,11 +145,11 @@ def parse_router(settings: Mapping[str, Any]) -> RouterConfig:
 def load(path: Path) -> dict[str, Any]:
     """A Serve config file with one Herd application, checked; its content as `serve deploy` sends it."""
     try:
-        document = yaml.safe_load(path.read_text())
+        document = yaml.safe_load(path.read_bytes())
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {error}") from None
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     try:
         application = application_of(document)
         parse(application.get("args") or {})
