@@ -20,17 +20,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import httpx
+
 from loadtests.cpu import pinned
 
 # How long a router may take to leave before it is killed; it has nothing to finish.
 STOP_S = 3.0
 DIRECT = "direct"
 HERD = "herd"
-# Package, version, and its command. The versions are fixed so that figures of different days compare.
+# Package, version, and its command. The versions are fixed so that figures of different days compare. Their
+# backend `openai` would send everything to one engine.
 PEERS = {
-    "sglang-router": ("0.3.2", ("sglang-router", "launch", "--backend", "openai")),
+    "sglang-router": ("0.3.2", ("sglang-router", "launch")),
     "vllm-router": ("0.1.17", ("vllm-router",)),
-    "smg": ("1.13.0", ("smg", "launch", "--backend", "openai")),
+    "smg": ("1.13.0", ("smg", "launch", "--backend", "vllm")),
 }
 
 
@@ -138,6 +141,18 @@ def peer(name: str, policy: str) -> Start:
         ]
 
     return start
+
+
+def vllm_router_by_events(urls: list[str], ports: Ports, scratch: Path) -> list[str]:
+    """vllm-router by the KV events of its engines, which it has to be told of one by one."""
+    told: list[str] = []
+    for url in urls:
+        source = httpx.get(f"{url}/kv_event_sources", trust_env=False).json()["0"]
+        told += ["--kv-event-source", f"{url}={source['endpoint']}"]
+        told += ["--kv-event-replay-source", f"{url}={source['replay_endpoint']}"]
+    model = httpx.get(f"{urls[0]}/v1/models", trust_env=False).json()["data"][0]["id"]
+    command = peer("vllm-router", "kv_aware")(urls, ports, scratch)
+    return [*command, "--kv-event-model", model, *told]
 
 
 def template(name: str, command: str) -> Contender:

@@ -229,7 +229,8 @@ def streamed_text(body: bytes) -> str:
     *events, done, end = body.split(b"\n\n")
     if (done, end) != (b"data: [DONE]", b""):
         raise BrokenReply(f"the stream ends with {body[-80:]!r}")
-    return "".join(_content(event.removeprefix(b"data:"), "delta") for event in events)
+    said = (event for event in events if not event.startswith(b":"))  # a comment, which keeps a stream alive
+    return "".join(_content(event.removeprefix(b"data:"), "delta") for event in said)
 
 
 def _content(json: bytes, holder: str) -> str:
