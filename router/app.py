@@ -39,7 +39,7 @@ def build(args: dict[str, Any]) -> Application:
 
 
 def _pool(model: ModelConfig) -> Application:
-    spec = model.model_dump(exclude={"replicas", "resources"})
+    spec = model.model_dump(exclude={"replicas", "resources", "slo"})
     return serve.deployment(
         replica.Replica,
         name=deployment_name(model),
@@ -61,6 +61,7 @@ def _router(fleet: FleetConfig) -> Application:
         name="Router",
         num_replicas=fleet.router.replicas,
         ray_actor_options={"num_cpus": 0},
+        request_router_config=RequestRouterConfig(request_router_class="router.membership:Peers"),
         graceful_shutdown_timeout_s=deployment.DRAIN_S + 30,
         **HEALTH_CHECKS,
         **LEAVE,

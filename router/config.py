@@ -14,9 +14,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from router.core.placement import POLICIES
+from router.decisions import DecisionsConfig
 from router.errors import ConfigError
 from router.http.cors import Cors
 from router.http.requests import Limits
+from router.tokenizer_config import TokenizerConfig
 from workers.engine import EngineSpec
 
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -27,9 +29,13 @@ Config = TypeVar("Config", bound=BaseModel)
 class RouterConfig(BaseModel):
     """The front door: where it listens and how it chooses. Port 0 takes any free one.
 
-    `replicas`: router processes; those on one machine share the port. `aliases`: other names of models, each
-    with the name that engines know. `limits`: of what clients send (router/http/requests.py). `cors`: which
-    web pages may call (router/http/cors.py).
+    `replicas`: router processes; those on one machine share the port. `shards`: into how many shares the KV
+    index is divided; with 1 every process holds all of it, with more it holds what belongs to its requests,
+    and passes others' on (router/shards.py). `tokenizers`: by model, `*` for all others
+    (router/tokenizer_config.py). `allow_kv_transfer_params`: clients may send their own. `aliases`: other
+    names of models, each with the name that engines know. `limits`: of what clients send
+    (router/http/requests.py). `cors`: which web pages may call (router/http/cors.py). `decisions`: what is
+    told of placements (router/decisions.py).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -39,10 +45,14 @@ class RouterConfig(BaseModel):
     admin_host: str = "127.0.0.1"
     admin_port: Port = 8001  # of the first router process on a machine; the next ones have the next ports
     replicas: Annotated[int, Field(ge=1)] = 1
+    shards: Annotated[int, Field(ge=1)] = 1
     policy: str = "least_requests"
+    tokenizers: dict[Name, TokenizerConfig] = {}
+    allow_kv_transfer_params: bool = False
     aliases: dict[Name, Name] = {}
     limits: Limits = Limits()
     cors: Cors = Cors()
+    decisions: DecisionsConfig = DecisionsConfig()
 
     @field_validator("policy")
     @classmethod
@@ -60,6 +70,12 @@ class RouterConfig(BaseModel):
         return aliases
 
     @model_validator(mode="after")
+    def _owned(self) -> RouterConfig:
+        if self.shards > self.replicas:
+            raise ValueError(f"shards: {self.shards} need as many router processes, not {self.replicas}")
+        return self
+
+    @model_validator(mode="after")
     def _ports_apart(self) -> RouterConfig:
         last = self.admin_port + self.replicas - 1
         if last > 65535:
@@ -69,10 +85,22 @@ class RouterConfig(BaseModel):
         return self
 
 
+class Slo(BaseModel):
+    """What users of a model expect: the first token within `ttft_s`, or of a long prompt within `ttft_times`
+    what its prefill takes on an idle engine without cache; then a token every `tpot_s` on average."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    ttft_s: Annotated[float, Field(gt=0)] = 2.0
+    ttft_times: Annotated[float, Field(ge=1)] = 5.0
+    tpot_s: Annotated[float, Field(gt=0)] = 0.05
+
+
 class ModelConfig(EngineSpec):
     """One model and how many replicas of it run."""
 
     replicas: Annotated[int, Field(ge=1)] = 1
+    slo: Slo = Slo()
     resources: dict[str, float] = {}
 
 

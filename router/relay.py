@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from random import getrandbits
@@ -19,9 +20,12 @@ from urllib.parse import unquote
 import msgspec
 
 from router import multipart, openai_api, responses_api
-from router.affinity import affinity_key
-from router.core.fleet import Fleet, Flight, Replica
+from router.affinity import affinity_key, session
+from router.arrivals import Arrivals
+from router.core.blocks import Prompt
+from router.core.fleet import Fleet, Flight, Replica, View
 from router.core.placement import KEYED, Placement, Policy
+from router.decisions import AS_USUAL, Decision, Decisions, DecisionsConfig
 from router.errors import (
     ApiError,
     ConnectFailed,
@@ -56,12 +60,21 @@ class Journey:
     request_id: bytes
     reply: Reply
     metrics: ModelMetrics
+    prompt: Prompt | None = None
+    decision: Decision | None = None
     flight: Flight | None = None
     passage: Passage | None = None
 
 
+def unheard(replica_id: str) -> None:
+    """Where no other router is, nobody is told of a placement."""
+
+
 class Relay:
-    """Answers client requests from a fleet; what goes wrong at a replica is told to the watch."""
+    """Answers client requests from a fleet; what goes wrong at a replica is told to the watch.
+
+    `placed` hears at which replica each request is.
+    """
 
     def __init__(
         self,
@@ -72,7 +85,10 @@ class Relay:
         upstreams: Upstreams,
         promised: tuple[str, ...] = (),
         aliases: openai_api.Aliases = openai_api.NO_ALIASES,
+        placed: Callable[[str], None] = unheard,
+        decisions: DecisionsConfig = AS_USUAL,
     ) -> None:
+        self._placed = placed
         self._fleet = fleet
         self._policy = policy
         self._keyed = policy in KEYED
@@ -82,6 +98,8 @@ class Relay:
         self._aliases = aliases
         self._upstreams = upstreams
         self._keepers = Keepers(fleet, watch)
+        self.decisions = Decisions(policy.__name__, decisions, metrics.decisions)
+        self.arrivals = Arrivals()
         self._started = int(time.time())
 
     async def __call__(self, request: Request, reply: Reply) -> None:
@@ -180,13 +198,10 @@ class Relay:
         key = affinity_key(journey.call, journey.request.headers) if self._keyed else None
         tried: frozenset[str] = frozenset()
         while True:
-            if keeper is None:
-                placement = self._place(journey.call.model, key, tried)
-            else:
-                placement = self._keepers.place(keeper, journey.call.model, tried)
-            replica_id = placement.standing.id
+            decision = journey.decision = self._place(journey, key, keeper, tried)
+            replica_id = decision.standing.id
             try:
-                await self._try(journey, placement)
+                await self._try(journey, decision)
                 return
             except UpstreamError as error:
                 self._blame(replica_id, error, journey)
@@ -197,31 +212,46 @@ class Relay:
                     return
                 tried |= {replica_id}
 
-    def _place(self, model: str, key: int | None, tried: frozenset[str]) -> Placement:
-        placement = self._policy(self._fleet.view(model, getrandbits(64), key).without(tried))
+    def _place(
+        self, journey: Journey, key: int | None, keeper: str | None, tried: frozenset[str]
+    ) -> Decision:
+        model, now = journey.call.model, asyncio.get_running_loop().time()
+        placement: Placement | None
+        if keeper is None:
+            view = self._fleet.view(model, getrandbits(64), key, now).without(tried)
+            placement = self._policy(view)
+        else:
+            placement = self._keepers.place(keeper, model, tried)
+            view = View((placement.standing,), now=now)
         if placement is not None:
-            return placement
+            return self.decisions.placed(journey.request_id, model, view, placement, journey.decision)
         if tried:
             raise UpstreamBroken(
                 f"The request failed on all {len(tried)} replicas of {model!r} that were ready"
             )
         raise NoCapacity(f"No replica of {model!r} can take requests now", retry_after=RETRY_AFTER_S)
 
-    async def _try(self, journey: Journey, placement: Placement) -> None:
+    async def _try(self, journey: Journey, decision: Decision) -> None:
         """One attempt on one replica, counted for as long as it lasts."""
-        replica = placement.standing.replica
+        replica = decision.standing.replica
         loop = asyncio.get_running_loop()
         upstream = self._upstreams.at(replica.url)
         message = upstream_message(journey, replica, upstream.authority)
         self._metrics.overhead.observe(loop.time() - journey.request.received_at)
         journey.flight = self._fleet.started(replica.id, loop.time())
+        self._placed(replica.id)
+        decision.ttft_s = journey.flight.forecast.ttft_s
         try:
             with await upstream.exchange(message) as exchange:
-                await self._pass_on(journey, exchange)
+                await self._pass_on(journey, decision, exchange)
+        except BaseException as error:
+            decision.failed(error)
+            raise
         finally:
+            decision.ended(loop.time(), journey.reply.status)
             self._fleet.finished(journey.flight, loop.time())
 
-    async def _pass_on(self, journey: Journey, exchange: Exchange) -> None:
+    async def _pass_on(self, journey: Journey, decision: Decision, exchange: Exchange) -> None:
         call, flight = journey.call, journey.flight
         assert flight is not None
         passage = journey.passage = Passage(
@@ -231,20 +261,27 @@ class Relay:
             exchange,
             journey.metrics,
             partial(self._first_output, journey),
+            self.decisions.headers(decision),
         )
         try:
             await passage.run()
         finally:
+            decision.answered(passage.usage, passage.error)
             if call.family.keeps:
                 self._keepers.learn(passage.response_id, flight.standing.id)
-        elapsed = asyncio.get_running_loop().time() - journey.request.received_at
-        journey.metrics.duration.observe(elapsed)
+        came_at, now = journey.request.received_at, asyncio.get_running_loop().time()
+        journey.metrics.duration.observe(now - came_at)
+        if decision.usage is not None and self.arrivals.wanted(now):
+            named = session(journey.request.headers)
+            self.arrivals.note(came_at, decision.usage, journey.prompt, named)
 
     # -- what is noted
 
     def _first_output(self, journey: Journey) -> None:
-        assert journey.flight is not None
+        assert journey.flight is not None and journey.decision is not None
         now = asyncio.get_running_loop().time()
+        if (ratio := journey.decision.first_output(now)) is not None:
+            journey.metrics.ttft_ratio.observe(ratio)
         self._fleet.first_token(journey.flight, now)
         journey.metrics.ttft.observe(now - journey.request.received_at)
 
@@ -285,11 +322,16 @@ def upstream_message(journey: Journey, replica: Replica, authority: bytes) -> by
     call, request = journey.call, journey.request
     nameless = call.kept is not None and call.kept.nameless
     body = call.upstream_body(responses_api.new_id(replica.id) if nameless else None)
+    return message(request, body, journey.request_id, authority)
+
+
+def message(request: Request, body: bytes, request_id: bytes, authority: bytes) -> bytes:
+    """A client's request with this body, to an engine or another router."""
     lines = [
         b"%b %b HTTP/1.1" % (request.method.encode("ascii"), request.target.encode("latin-1")),
         b"host: " + authority,
         b"content-length: %d" % len(body),
-        b"x-request-id: " + journey.request_id,
+        b"x-request-id: " + request_id,
     ]
     lines += [b"%b: %b" % header for header in headers.to_engine(request.headers)]
     return b"\r\n".join(lines) + b"\r\n\r\n" + body

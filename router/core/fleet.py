@@ -10,17 +10,24 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import NamedTuple
 
+import msgspec
+
 from router.core.blocks import TEXT_BLOCK_TOKENS, Keys, Prompt
-from router.core.kv_events import KVEvent
-from router.core.kv_index import KVIndex
+from router.core.kv_events import AllBlocksCleared, KVEvent
+from router.core.kv_index import HISTORY, KVIndex, bits_of
 from router.core.step_model import StepModel
+
+# Tokens of KV cache of an engine that does not tell: an 8B model in 16 bits on a GPU of 80 GB has 450,000.
+UNTOLD_CAPACITY = 400_000
 
 
 @dataclass(frozen=True, slots=True)
 class Replica:
     """One engine as membership announced it and as it described itself. `id` is new with every start.
 
-    `block_size` (tokens) and `num_blocks` are those of its KV cache.
+    `block_size` (tokens) and `num_blocks` are those of its KV cache. `prefix_caching`: it keeps what it
+    computed. `ranks`: data-parallel engines, each with a cache of its own. `root`: where its model came from,
+    as it says. `adapters`: those of its models that are LoRA adapters.
     """
 
     id: str
@@ -32,6 +39,10 @@ class Replica:
     num_blocks: int | None = None
     kv_events: str | None = None
     kv_replay: str | None = None
+    prefix_caching: bool = True
+    ranks: int = 1
+    root: str | None = None
+    adapters: frozenset[str] = frozenset()
 
 
 class State(StrEnum):
@@ -53,8 +64,7 @@ class Trust(StrEnum):
     LOAD = "load"
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
+class Load(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Work at a replica: requests, seconds of prefill promised, sequences decoding, tokens behind those."""
 
     in_flight: int = 0
@@ -71,11 +81,15 @@ class Load:
         )
 
 
+NO_LOAD = Load()
+
+
 @dataclass(slots=True)
 class Standing:
     """How a replica stands at this moment; policies read it, only the Fleet writes it.
 
     `bit`: its place in the KV index. `key_blocks`: how many tokens one of its keys covers; 0 for text keys.
+    `takes_ids`: its engine renders and tokenises as the router does, so the router's token ids may be sent.
     `elsewhere`: what the other routers have there.
     """
 
@@ -91,7 +105,8 @@ class Standing:
     trust: Trust = Trust.LOAD
     trust_reason: str = "nothing is known of its cache yet"
     key_blocks: int = 0
-    elsewhere: Load = Load()
+    takes_ids: bool = False
+    elsewhere: Load = NO_LOAD
     prefills: dict[int, Flight] = field(default_factory=dict)  # in order of their start
     prefill_s: float = 0.0  # of all of them
     prefilled_s: float = 0.0  # of all that were before
@@ -103,13 +118,36 @@ class Standing:
     def id(self) -> str:
         return self.replica.id
 
+    @property
+    def capacity(self) -> int:
+        """How many of its keys its cache holds."""
+        tokens = (self.replica.num_blocks or 0) * (self.replica.block_size or 0) or UNTOLD_CAPACITY
+        return tokens // (self.key_blocks or TEXT_BLOCK_TOKENS)
+
+    @property
+    def known_by(self) -> int:
+        """Its bit in the KV index: of what its events told, or of what was sent there."""
+        return self.bit if self.trust is Trust.EXACT else self.bit << HISTORY
+
+    @property
+    def requests(self) -> int:
+        """Requests in flight here, of all routers."""
+        return self.in_flight + self.elsewhere.in_flight
+
+    def own_load(self, now: float) -> Load:
+        """What this router has here."""
+        return Load(self.in_flight, self._own_backlog_s(now), self.decoding, self.context)
+
     def backlog_s(self, now: float) -> float:
         """Seconds of prefill that were promised here, by all routers, and are not done yet."""
+        return self._own_backlog_s(now) + self.elsewhere.prefill_s
+
+    def _own_backlog_s(self, now: float) -> float:
         if not self.prefills:
-            return self.elsewhere.prefill_s
+            return 0.0
         head = next(iter(self.prefills.values()))
         done = min(max(0.0, now - self.head_since), head.forecast.prefill_s)
-        return self.prefill_s - done + self.elsewhere.prefill_s
+        return self.prefill_s - done
 
     def step_s(self) -> float:
         """Seconds of a step that only decodes, with all that decode here now."""
@@ -179,7 +217,9 @@ class Flight:
     """One request at one replica, from `started` to `finished`.
 
     `cached` and `forecast`: what was predicted. `expected`: keys of the blocks that it brings, until events
-    confirm them. `prefilled_s`: what the replica had prefilled when this one's first token came.
+    confirm them; `known_by`: as in Standing when it started. `confirmed`: events had told all of `cached`,
+    nothing of it was only promised. `history`: keys to remember if no events tell.
+    `prefilled_s`: what the replica had prefilled when this one's first token came.
     """
 
     standing: Standing
@@ -188,6 +228,9 @@ class Flight:
     cached: Cached
     forecast: Forecast
     expected: Keys = field(default_factory=list)
+    known_by: int = 0
+    confirmed: bool = True
+    history: Keys = field(default_factory=list)
     prefilled_s: float = 0.0
     first_token_at: float | None = None
 
@@ -236,24 +279,29 @@ class Fleet:
 
     # -- what replicas hold
 
-    def trusted(self, replica_id: str, trust: Trust, reason: str, key_blocks: int) -> None:
-        """How well the replica's cache is known from now on; `key_blocks` as in Standing."""
+    def trusted(
+        self, replica_id: str, trust: Trust, reason: str, key_blocks: int, takes_ids: bool = False
+    ) -> None:
+        """How well the replica's cache is known from now on; `key_blocks` and `takes_ids` as in Standing."""
         standing = self._standings[replica_id]
-        if (trust, key_blocks) != (standing.trust, standing.key_blocks):
-            self.index.forget(standing.bit)
-        standing.trust, standing.trust_reason, standing.key_blocks = trust, reason, key_blocks
+        standing.trust, standing.trust_reason = trust, reason
+        standing.key_blocks, standing.takes_ids = key_blocks, takes_ids
 
-    def apply(self, replica_id: str, event: KVEvent) -> None:
-        """What a replica's cache gained or lost."""
+    def apply(self, replica_id: str, event: KVEvent) -> Keys:
+        """What a replica's cache gained or lost. Returns the keys of the blocks that left."""
         standing = self._standings.get(replica_id)
-        if standing is not None:
-            self.index.apply(standing.bit, event)
+        if standing is None:
+            return []
+        if isinstance(event, AllBlocksCleared):
+            standing.bit = self.index.forget(standing.bit)
+            return []
+        return self.index.apply(standing.bit, event)
 
     def forget(self, replica_id: str) -> None:
         """Events were lost: what the replica holds is to be learnt anew."""
         standing = self._standings.get(replica_id)
         if standing is not None:
-            self.index.forget(standing.bit)
+            standing.bit = self.index.forget(standing.bit)
 
     # -- requests
 
@@ -269,8 +317,11 @@ class Fleet:
         num_tokens = prompt.num_tokens if prompt is not None else 0
         flight = Flight(standing, now, num_tokens, cached, standing.forecast(num_tokens, cached, now))
         if prompt is not None and standing.trust is not Trust.LOAD:
-            flight.expected = prompt.keys(standing.key_blocks)[cached.blocks :]
-            self.index.expect(standing.bit, flight.expected)
+            keys, flight.known_by = prompt.keys(standing.key_blocks), standing.known_by
+            flight.expected = self.index.expect(flight.known_by, keys[cached.blocks :])
+            last = keys[max(0, cached.blocks - 1) : cached.blocks]
+            flight.confirmed = self.index.told(last, standing.bit) == len(last)
+            flight.history = keys if standing.trust is Trust.APPROXIMATE else []
         if not standing.prefills:
             standing.head_since = now
         standing.prefills[id(flight)] = flight
@@ -293,6 +344,8 @@ class Fleet:
         flight.prefilled_s = standing.prefilled_s
         standing.decoding += 1
         standing.context += flight.num_tokens
+        if flight.history and standing.bit:
+            self.index.remember(standing.bit, flight.history, standing.capacity)
 
     def finished(self, flight: Flight, now: float, output_tokens: int = 0) -> None:
         """The request is over at this replica, however it ended."""
@@ -306,7 +359,7 @@ class Fleet:
             standing.decoding -= 1
             standing.context -= flight.num_tokens
         if flight.expected:
-            self.index.withdraw(standing.bit, flight.expected)
+            self.index.withdraw(flight.known_by, flight.expected)
         standing.in_flight -= 1
         standing.finished += 1
 
@@ -319,6 +372,18 @@ class Fleet:
         if not standing.prefills:
             standing.prefill_s = 0.0  # what is left is rounding
         standing.head_since = now
+
+    # -- what several routers tell each other
+
+    def loads(self, now: float) -> dict[str, Load]:
+        """What this router has at each replica, by its id; those where it has nothing are left out."""
+        return {id: s.own_load(now) for id, s in self._standings.items() if s.in_flight}
+
+    def elsewhere(self, replica_id: str, load: Load) -> None:
+        """What the other routers have at the replica, all together."""
+        standing = self._standings.get(replica_id)
+        if standing is not None:
+            standing.elsewhere = load
 
     # -- what policies see
 
@@ -342,14 +407,16 @@ class Fleet:
 
     def _cached(self, ready: tuple[Standing, ...], prompt: Prompt) -> dict[str, Cached]:
         found: dict[str, Cached] = {}
-        for size in {s.key_blocks for s in ready if s.trust is not Trust.LOAD}:
-            known = {s.bit: s for s in ready if s.trust is not Trust.LOAD and s.key_blocks == size}
+        known: dict[int, dict[int, str]] = {}
+        for standing in ready:
+            if standing.trust is not Trust.LOAD:
+                known.setdefault(standing.key_blocks, {})[standing.known_by] = standing.id
+        for size, ids in known.items():
             tokens = size or TEXT_BLOCK_TOKENS
-            for held in self.index.match(prompt.keys(size), sum(known)):
+            for held in self.index.match(prompt.keys(size), sum(ids)):
                 cached = Cached(held.blocks * tokens, held.slower * tokens, held.blocks + held.slower)
-                for bit, standing in known.items():
-                    if bit & held.bits:
-                        found[standing.id] = cached
+                for bit in bits_of(held.bits):
+                    found[ids[bit]] = cached
         return found
 
     def models(self) -> tuple[str, ...]:

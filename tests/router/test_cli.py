@@ -18,7 +18,9 @@ def run(*args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([str(HERD), *args], capture_output=True, text=True, timeout=60)
 
 
-@pytest.mark.parametrize("command", [(), ("up",), ("down",), ("status",), ("route",), ("engine",)])
+@pytest.mark.parametrize(
+    "command", [(), ("up",), ("down",), ("status",), ("explain",), ("record",), ("route",), ("engine",)]
+)
 def test_help_lists_options_and_needs_neither_ray_nor_the_router(command: tuple[str, ...]) -> None:
     loaded = (
         "import sys; from router.cli import main\n"

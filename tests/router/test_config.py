@@ -44,7 +44,13 @@ def test_a_model_may_have_other_names():
         ),
         ({"models": [MODEL], "router": {"aliases": {"a": ""}}}, "router.aliases.a: String should have"),
         ({"models": [MODEL], "router": {"limits": {"idle_s": 0}}}, "router.limits.idle_s: "),
+        ({"models": [MODEL], "router": {"decisions": {"keep": -1}}}, "router.decisions.keep: "),
+        ({"models": [MODEL], "router": {"decisions": {"log": 1}}}, "router.decisions.log: Extra inputs"),
         ({"models": [MODEL], "router": {"replicas": 0}}, "router.replicas: Input should be greater than"),
+        (
+            {"models": [MODEL], "router": {"replicas": 2, "shards": 3}},
+            "router: shards: 3 need as many router processes, not 2",
+        ),
         (
             {"models": [MODEL], "router": {"admin_port": 65535, "replicas": 2}},
             "router: admin_port: 2 router processes need ports up to 65536",

@@ -95,11 +95,26 @@ def test_prefill_is_promised_then_done_then_decoded(fleet):
 def test_the_load_of_other_routers_counts(fleet):
     standing = fleet.get("r0")
     alone = standing.forecast(1000, Cached(), now=0.0)
-    standing.elsewhere = Load(in_flight=20, prefill_s=0.5, decoding=19, context=50_000)
+    fleet.elsewhere("r0", Load(in_flight=20, prefill_s=0.5, decoding=19, context=50_000))
     beside = standing.forecast(1000, Cached(), now=0.0)
     assert beside.backlog_s == 0.5
     assert beside.step_s > alone.step_s
     assert beside.ttft_s > alone.ttft_s + 0.5
+    assert standing.requests == 20
+
+
+def test_what_other_routers_are_told_is_what_this_one_has_there_now(fleet):
+    assert fleet.loads(0.0) == {}
+    first = fleet.started("r0", 0.0, prompt_of(8000))
+    second = fleet.started("r0", 0.0, prompt_of(8000))
+    own = [flight.forecast.prefill_s for flight in (first, second)]
+    fleet.elsewhere("r0", Load(5, 5.0, 5, 5))
+    assert fleet.loads(0.1) == {"r0": Load(2, pytest.approx(sum(own) - 0.1), 0, 0)}
+    fleet.first_token(first, now=0.3)
+    assert fleet.loads(0.3) == {"r0": Load(2, pytest.approx(own[1]), 1, 8000)}
+    fleet.finished(first, now=9.0)
+    fleet.finished(second, now=9.0)
+    assert fleet.loads(9.0) == {}
 
 
 def test_a_slower_tier_costs_loading_not_computing(fleet):

@@ -16,7 +16,7 @@ from router.http.token_chunk import without_ids
 from workers import demo_model
 from workers.simulated.events import wire_hash
 from workers.simulated.kv_cache import block_keys
-from workers.simulated.tokenizer import Tokenizer
+from workers.tokenizer import Tokenizer
 
 CHAT = "/v1/chat/completions"
 BLOCK = 32

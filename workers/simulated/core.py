@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from math import inf
 from typing import NamedTuple, Protocol
 
 from workers.simulated.kv_cache import BlockKey, CacheEvent, KVCache
@@ -99,6 +100,13 @@ class Step:
     preempted: int
 
 
+class Quiet(NamedTuple):
+    """Steps in a row that do nothing but decode one token each for the same sequences, and when they end."""
+
+    steps: int
+    ends: float
+
+
 class Engine:
     """Schedules sequences first come, first served.
 
@@ -113,6 +121,8 @@ class Engine:
         self._waiting: OrderedDict[str, Sequence] = OrderedDict()
         self._running: dict[str, Sequence] = {}
         self._preempted = 0
+        # Whether the first in line had no room, and nothing has made any since.
+        self._full = False
 
     @property
     def num_waiting(self) -> int:
@@ -161,6 +171,7 @@ class Engine:
     def step(self, now: float) -> Step | None:
         """Begin a step at `now` and say what it brings; None if there is nothing to do."""
         self._preempted = 0
+        self._full = False
         admitted: list[Sequence] = []
         batch = list(self._schedule(now, admitted))
         if not batch:
@@ -175,6 +186,42 @@ class Engine:
             preempted=self._preempted,
         )
 
+    def quiet(self, now: float, until: float = inf) -> Quiet:
+        """The quiet steps from `now` on, as far as they begin before `until`. Changes nothing.
+
+        They are those for which `skip` does the same as `step`: no sequence comes, ends, or fills or takes a
+        block. Only for contents that end by max_tokens, since nobody asks these what they say.
+        """
+        most = self._num_quiet()
+        seconds = self.config.step_time.decode_seconds
+        decoding = len(self._running)
+        context = sum([sequence.num_tokens for sequence in self._running.values()])
+        steps = 0
+        while steps < most and now < until:
+            # Added up step by step, so that the times are those of single steps to the last bit.
+            now += seconds(decoding, context)
+            context += decoding
+            steps += 1
+        return Quiet(steps, now)
+
+    def skip(self, steps: int) -> None:
+        """Do as many quiet steps at once."""
+        for sequence in self._running.values():
+            sequence.num_computed += steps
+            sequence.num_tokens += steps
+
+    def _num_quiet(self) -> int:
+        if self._waiting and not self._full:
+            return 0
+        return max(0, min(map(self._num_quiet_of, self._running.values()), default=0))
+
+    def _num_quiet_of(self, sequence: Sequence) -> int:
+        """Steps in which this sequence only gains a token; the one that ends it or fills a block is none."""
+        outputs = sequence.num_outputs
+        if not outputs or sequence.num_tokens - sequence.num_computed != 1:
+            return 0
+        return min(sequence.max_tokens - outputs, -sequence.num_computed % self.config.block_size) - 1
+
     def _schedule(self, now: float, admitted: list[Sequence]) -> Iterator[tuple[Sequence, int]]:
         """Sequences of this step with the number of tokens each computes: running ones first."""
         budget = self.config.max_num_batched_tokens
@@ -188,6 +235,7 @@ class Engine:
         while budget and self._waiting and not self._preempted:
             sequence = next(iter(self._waiting.values()))
             if len(self._running) >= self.config.max_num_seqs or not self._admit(sequence, now, admitted):
+                self._full = True
                 break
             count = min(sequence.num_tokens - sequence.num_computed, budget)
             self._grow(sequence, count)
@@ -279,6 +327,7 @@ class Engine:
         return outputs
 
     def _release(self, sequence: Sequence) -> None:
+        self._full = False
         if sequence.blocks is not None:
             self.cache.release(sequence.blocks)
             sequence.blocks = None

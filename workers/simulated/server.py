@@ -19,6 +19,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from workers.chat_messages import template_variables
+from workers.chat_template import ChatTemplate
 from workers.simulated import (
     audio,
     chat,
@@ -39,7 +41,7 @@ from workers.simulated.language import Language
 from workers.simulated.live import GenerationAbortedError, LiveEngine
 from workers.simulated.metrics import EngineMetrics
 from workers.simulated.service import DONE, VLLM_VERSION, Service, named_event
-from workers.simulated.tokenizer import Tokenizer
+from workers.tokenizer import Tokenizer, read_json
 
 # vLLM's default (VLLM_HTTP_TIMEOUT_KEEP_ALIVE), seconds.
 KEEP_ALIVE = 5
@@ -60,7 +62,8 @@ class Server:
         self._options = chosen
         name, root = _model(chosen.model)
         tokenizer = Tokenizer(root)
-        max_model_len = chosen.context(tokenizer.max_position)
+        template = ChatTemplate(root, str(chosen.chat_template) if chosen.chat_template else None)
+        max_model_len = chosen.context(read_json(root / "config.json").get("max_position_embeddings"))
         names = chosen.served_model_name or (name,)
         engine = core.Engine(chosen.engine_config())
         self.faults = Faults()
@@ -74,12 +77,13 @@ class Server:
             self.metrics,
             self.faults,
             self.publisher,
-            speed=chosen.speed,
             max_num_queued_reqs=chosen.max_num_queued_reqs,
         )
         self.service = Service(
             self.live,
             tokenizer,
+            template,
+            self.faults,
             served_names=names,
             model_root=str(root),
             max_model_len=max_model_len,
@@ -239,12 +243,12 @@ class Server:
             return self.service.tokenizer.encode(body.prompt or "", add_special_tokens=special)
         return await self.service.chat_prompt(
             body.messages,
-            [tool.for_template() for tool in body.tools or ()] or None,
+            requests.given(body.tools),
             add_special_tokens=bool(body.add_special_tokens),
             template=body.chat_template,
-            add_generation_prompt=body.add_generation_prompt and not body.continue_final_message,
+            add_generation_prompt=body.add_generation_prompt,
             continue_final_message=body.continue_final_message,
-            **(body.chat_template_kwargs or {}),
+            variables=template_variables(body.chat_template_kwargs or {}),
         )
 
     async def _detokenize(self, request: Request) -> Response:

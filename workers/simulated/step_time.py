@@ -1,6 +1,6 @@
 """How long one engine step takes: a linear model of prefill, decoding and context."""
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,14 +30,20 @@ class StepTime:
             raise ValueError("step times must not be negative, and a step must take some time")
 
     def seconds(self, work: StepWork) -> float:
-        """T = a + b * prefill + c * decoding + d * context + e * attention."""
+        """T = a + c * decoding + d * context + b * prefill + e * attention."""
         return (
-            self.step
+            self.decode_seconds(work.decoding, work.context_tokens)
             + self.prefill * work.prefill_tokens
-            + self.sequence * work.decoding
-            + self.context * work.context_tokens
             + self.attention * work.attention
         )
+
+    def decode_seconds(self, decoding: int, context_tokens: int) -> float:
+        """The same for a step that only decodes."""
+        return self.step + self.sequence * decoding + self.context * context_tokens
+
+    def at_speed(self, speed: float) -> "StepTime":
+        """Those of an engine whose clock runs so many times as fast."""
+        return StepTime(*(seconds / speed for seconds in astuple(self)))
 
 
 @dataclass(frozen=True, slots=True)
