@@ -196,14 +196,14 @@ def report(found: Sequence[Measured], ceiling: float, plan: Plan, measured_on: s
     head = ["router", "hits %", "requests per engine", "TTFT p50 ms", "p90", "p99", "extra calls"]
     names = list(dict.fromkeys(one.router for one in found))
     rows = [_row([one for one in found if one.router == name]) for name in names]
+    work = f"{requests} requests at {plan.rate:g}/s, {GROUPS} prefixes of {PREFIX >> 10} KB"
+    best = f"Ceiling: {ceiling:.1f} % hits. The first request of each prefix misses, {GROUPS} of {requests}"
     return "\n\n".join(
         [
             measured_on,
-            f"{requests} requests at {plan.rate:g}/s, {GROUPS} prefixes of {PREFIX >> 10} KB; {ENGINES} engines "
-            f"with room for {HELD} each.",
+            f"{work}; {ENGINES} engines that hold {HELD} each.",
             table(head, rows),
-            f"Ceiling: {ceiling:.1f} % hits: the first request of each prefix misses, {GROUPS} of {requests}, "
-            "and no question is asked twice. *Extra calls*: what the router asked of the engines beside.",
+            f"{best}; no question is asked twice. *Extra calls*: what else the router asked of the engines.",
             *_foretold(found),
         ]
     )
@@ -224,20 +224,19 @@ def _foretold(found: Sequence[Measured]) -> list[str]:
     """How often the cached tokens that Herd predicted were those that the engine reported."""
     total: Counter[str] = Counter()
     for one in found:
-        total.update(one.herd if "herd_predicted_cached_tokens_total" in one.herd else {})
-    if not total:
+        total.update(one.herd)
+    if not total["herd_predictions_total"]:
         return []
-    misses = total["herd_prediction_misses_total"]
+    count, misses = total["herd_predictions_total"], total["herd_prediction_misses_total"]
     causes = ", ".join(
-        f"{name.partition('cause=')[2].strip('}')}: {count:.0f}"
-        for name, count in total.items()
+        f"{name.partition('cause=')[2].strip('}')}: {times:.0f}"
+        for name, times in total.items()
         if name.startswith("herd_prediction_misses_total{cause=")
     )
-    right = 100 * (1 - misses / total["herd_requests_total"])
     return [
-        f"Herd foretold the reported cached tokens of {right:.1f} % of its requests "
-        f"({total['herd_predicted_cached_tokens_total']:.0f} tokens predicted, "
-        f"{total['herd_reported_cached_tokens_total']:.0f} reported). Misses by cause: {causes or 'none'}."
+        f"Herd foretold the cached tokens of {100 * (1 - misses / count):.1f} % of {count:.0f} requests: "
+        f"{total['herd_predicted_cached_tokens_total']:.0f} tokens, and engines reported "
+        f"{total['herd_reported_cached_tokens_total']:.0f}. Misses by cause: {causes or 'none'}."
     ]
 
 

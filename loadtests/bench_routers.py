@@ -15,12 +15,12 @@ from functools import partial
 
 import click
 import httpx
-import uvloop
 
 from loadtests import contenders, generator, mock_engine
-from loadtests.bench_relay import BenchFailed, Cores, engines, machine, ready
+from loadtests.bench import BenchFailed, Cores, machine, ready, run_bench
+from loadtests.bench_relay import engines
 from loadtests.contenders import Running
-from loadtests.cpu import cpu_seconds, pinned
+from loadtests.cpu import cpu_seconds
 from loadtests.report import spread, table
 from router.core.fleet import Fleet, Replica
 from router.gossip import Gossip
@@ -95,7 +95,7 @@ async def request_costs(way: str, urls: list[str], rounds: int, seconds: float, 
     """What a small request costs in one way of running routers."""
     contender = contenders.template(way, WAYS[way])
     with contenders.running(contender, urls, cores.router) as router:
-        await ready(way, router)
+        await ready(way, router, mock_engine.MODEL)
         while not admin_ports(router):  # told when all processes are there
             await asyncio.sleep(0.1)
         await asyncio.sleep(SETTLE_S)
@@ -104,9 +104,9 @@ async def request_costs(way: str, urls: list[str], rounds: int, seconds: float, 
 
 async def request_cost(router: Running, seconds: float) -> Cost:
     request = generator.request(router.port, mock_engine.MODEL, stream=False)
-    load = generator.Load(request, CONNECTIONS, SETTLE_S, mock_engine.text(1), stream=False)
+    load = generator.same(request, mock_engine.text(1), CONNECTIONS, SETTLE_S, stream=False)
     before = await passed_on(router)
-    sample = await generator.run(load, router.port, seconds, partial(cpu_seconds, router.pid))
+    sample = await generator.run(load, [router.port], seconds, partial(cpu_seconds, router.pid))
     after = await passed_on(router)
     if sample.broken:
         raise BenchFailed(f"replies were broken: {'; '.join(sample.broken)}")
@@ -150,9 +150,8 @@ def main(rounds: int, seconds: float) -> None:
     """Measure what several router processes cost: gossip, and passing requests on to their owner."""
     cores = Cores.of_machine()
     try:
-        with pinned({cores.load}):
-            told = uvloop.run(bench(rounds, seconds, cores))
-    except (BenchFailed, generator.BrokenReply) as error:
+        told = run_bench(bench(rounds, seconds, cores), cores)
+    except generator.BrokenReply as error:
         raise click.ClickException(str(error)) from None
     where = machine(cores)
     click.echo(f"{where['date']}, {where['cpu']}, Python {where['python']}.\n\n{told}")

@@ -8,9 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from loadtests.prompts import Messages
+from workers.chat_template import ChatTemplate
 from workers.simulated.language import Language, TokenSequence
 from workers.simulated.text import TextStream
-from workers.simulated.tokenizer import Tokenizer
+from workers.tokenizer import Tokenizer
 
 # Blocks have no part in what is said.
 BLOCK_SIZE = 16
@@ -21,11 +22,12 @@ class Oracle:
 
     def __init__(self, model: Path) -> None:
         self._tokenizer = Tokenizer(model)
+        self._template = ChatTemplate(model)
         self._language = Language(self._tokenizer)
 
     def tokens(self, messages: Messages) -> list[int]:
         """The prompt of a chat."""
-        return self._tokenizer.encode(self._tokenizer.render(messages), add_special_tokens=False)
+        return self._tokenizer.encode(self._template.render(messages), add_special_tokens=False)
 
     def says(self, messages: Messages, max_tokens: int) -> str:
         """The text of the reply."""
