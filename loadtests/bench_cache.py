@@ -20,7 +20,7 @@ from random import Random
 import click
 import msgspec
 
-from loadtests import contenders, engines, generator, open_loop, prompts
+from loadtests import account, contenders, engines, generator, open_loop, prompts
 from loadtests.bench import BenchFailed, Cores, chosen, install_peers, machine, ready, run_bench
 from loadtests.contenders import HERD, Contender, haproxy, herd, peer
 from loadtests.generator import Ask
@@ -57,7 +57,10 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One router in one round. Counts are those of the run alone."""
+    """One router in one round. Counts are those of the run alone.
+
+    Of Herd: what it counted, and whether its predictions of cached tokens came true to the token.
+    """
 
     router: str
     round: int
@@ -67,6 +70,7 @@ class Measured:
     extra_calls: float
     first_ms: list[float]
     herd: Counter[str]
+    came_true: Counter[bool]
 
     @property
     def hits(self) -> float:
@@ -165,17 +169,19 @@ async def measure(
         running = stack.enter_context(contenders.running(router, urls, cores.router))
         await ready(router.name, running, engines.MODEL)
         await asyncio.sleep(SETTLE_S)
-        admin = [f"http://127.0.0.1:{running.admin_port}"] if router.name.startswith(HERD) else []
+        ours = router.name.startswith(HERD)
+        admin = [f"http://127.0.0.1:{running.admin_port}"] if ours else []
         work = workload(round(plan.rate * plan.seconds), running.port, oracle, f"round {number}")
         moments = open_loop.arrivals(plan.rate, plan.seconds, f"round {number}")
-        before = [await engines.counted([url]) for url in urls]
-        herd_before = await engines.counted(admin)
+        before = [await account.counted([url]) for url in urls]
+        herd_before = await account.counted(admin)
         try:
             first_s = await open_loop.run(work.asks, moments, running.port)
         except (generator.BrokenReply, OSError) as error:
             raise BenchFailed(f"{router.name}: {error}") from None
-        told = [await engines.counted([url]) - was for url, was in zip(urls, before, strict=True)]
-        herd_told = await engines.counted(admin) - herd_before
+        told = [await account.counted([url]) - was for url, was in zip(urls, before, strict=True)]
+        herd_told = await account.counted(admin) - herd_before
+        decided = await account.decisions(admin[0], len(work.asks)) if ours else []
     total = sum(told, Counter[str]())
     one = Measured(
         router=router.name,
@@ -186,6 +192,7 @@ async def measure(
         extra_calls=total["http_requests_total"] - len(work.asks),
         first_ms=[1000 * s for s in first_s],
         herd=herd_told,
+        came_true=account.came_true(decided),
     )
     return one, 100 * work.cacheable / work.prompt_tokens
 
@@ -221,22 +228,23 @@ def _row(mine: Sequence[Measured]) -> list[str]:
 
 
 def _foretold(found: Sequence[Measured]) -> list[str]:
-    """How often the cached tokens that Herd predicted were those that the engine reported."""
+    """How well Herd predicted the cached tokens that engines reported."""
     total: Counter[str] = Counter()
+    exact: Counter[bool] = Counter()
     for one in found:
         total.update(one.herd)
-    if not total["herd_predictions_total"]:
+        exact.update(one.came_true)
+    if not (count := total["herd_predictions_total"]):
         return []
-    count, misses = total["herd_predictions_total"], total["herd_prediction_misses_total"]
+    misses = total["herd_prediction_misses_total"]
+    cause = "herd_prediction_misses_total{cause="
     causes = ", ".join(
-        f"{name.partition('cause=')[2].strip('}')}: {times:.0f}"
-        for name, times in total.items()
-        if name.startswith("herd_prediction_misses_total{cause=")
+        f"{name[len(cause) : -1]} {n:.0f}" for name, n in total.items() if name.startswith(cause)
     )
     return [
-        f"Herd foretold the cached tokens of {100 * (1 - misses / count):.1f} % of {count:.0f} requests: "
-        f"{total['herd_predicted_cached_tokens_total']:.0f} tokens, and engines reported "
-        f"{total['herd_reported_cached_tokens_total']:.0f}. Misses by cause: {causes or 'none'}."
+        f"Herd predicted the cached tokens of {count:.0f} requests: {100 * (1 - misses / count):.1f} % within a "
+        f"block of what the engine reported, {100 * exact[True] / exact.total():.1f} % to the token. "
+        f"Misses by cause: {causes or 'none'}."
     ]
 
 

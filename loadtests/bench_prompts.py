@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 import click
 import msgspec
 
-from loadtests import contenders, engines, generator, prompts
+from loadtests import account, contenders, engines, generator, prompts
 from loadtests.bench import BenchFailed, Cores, chosen, install_peers, machine, ready, run_bench
 from loadtests.contenders import DIRECT, HERD, Contender
 from loadtests.cpu import cpu_seconds, rss_bytes
@@ -47,8 +47,7 @@ ENGINE_ARGS = {
 # Connections are open, code is warm and most groups have been seen after this long.
 RAMP_S = 2.0
 IDLE_S = 1.0
-# Herd's count of requests whose prompt went as token ids.
-SENT_IDS = 'herd_prompts_total{sent="ids"}'
+REQUESTS = "herd_requests_total"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +92,8 @@ class Target:
 class Measured:
     """One kind of request through one router in one round, on all connections and on one alone.
 
-    `engines` and `herd`: what the engines counted meanwhile, and Herd where it is that.
+    `engines`: what these counted meanwhile. Of Herd: what it counted, and what became of the token ids of the
+    last requests.
     """
 
     router: str
@@ -105,6 +105,7 @@ class Measured:
     rss_bytes: int
     engines: Counter[str]
     herd: Counter[str]
+    token_ids: Counter[str]
 
     @property
     def cost_us(self) -> float:
@@ -215,16 +216,18 @@ async def measure(
     before = await counts(target)
     busy = await generator.run(load, target.ports, plan.seconds, target.cpu_s)
     engines_told, herd_told = (after - was for after, was in zip(await counts(target), before, strict=True))
+    decided = await account.decisions(target.admin, round(herd_told[REQUESTS])) if target.admin else []
     one = dataclasses.replace(load, connections=1, ramp_s=0.0)
     alone = await generator.run(one, target.ports, plan.seconds / 2, target.cpu_s)
     rss = target.rss_bytes()
-    return Measured(name, number, kind.name, busy, alone, idle, rss, engines_told, herd_told)
+    ids = account.token_ids(decided)
+    return Measured(name, number, kind.name, busy, alone, idle, rss, engines_told, herd_told, ids)
 
 
 async def counts(target: Target) -> tuple[Counter[str], Counter[str]]:
     """What the engines have counted, and what Herd has."""
     herd = [target.admin] if target.admin else []
-    return await engines.counted(target.engines), await engines.counted(herd)
+    return await account.counted(target.engines), await account.counted(herd)
 
 
 def report(found: Sequence[Measured], measured_on: str) -> str:
@@ -270,17 +273,20 @@ def _at_rest(found: Sequence[Measured]) -> str:
 
 
 def _proof(found: Sequence[Measured]) -> list[str]:
-    """What Herd itself counted of its requests of this kind."""
+    """What Herd says of its requests of this kind."""
+    ids: Counter[str] = Counter()
     total: Counter[str] = Counter()
     for one in found:
+        ids.update(one.token_ids)
         total.update(one.herd)
-    asked = total["herd_requests_total"]
-    if not asked:
+    if not ids:
         return []
-    cached = 100 * total["herd_cached_tokens_total"] / total["herd_prompt_tokens_total"]
+    asked, tokens = total[REQUESTS], total["herd_prompt_tokens_total"]
+    others = "".join(f"; {why}: {count}" for why, count in ids.items() if why != account.SENT)
     return [
-        f"Herd: of {asked:.0f} requests {total[SENT_IDS]:.0f} went with token ids; engines reported "
-        f"{total['herd_prompt_tokens_total'] / asked:.0f} prompt tokens each, {cached:.0f} % of them cached."
+        f"Herd sent token ids with {ids[account.SENT]} of {ids.total()} requests{others}. Engines reported to it "
+        f"{tokens / asked:.0f} prompt tokens each, {100 * total['herd_cached_tokens_total'] / tokens:.0f} % of "
+        "them cached."
     ]
 
 

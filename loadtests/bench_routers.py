@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import sys
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -34,7 +35,8 @@ BURST_S = 0.01  # between placements that are told; those within router.gossip.C
 
 CONNECTIONS = 64
 SETTLE_S = 1.0
-HERD = "herd route --host 127.0.0.1 --port {port} --admin-port 0 --worker-urls {urls}"
+ROUTE = "-m router.cli route --host 127.0.0.1 --port {port} --admin-port 0 --worker-urls {urls}"
+HERD = f"{sys.executable} {ROUTE}"
 WAYS = {
     "one process": HERD,
     "two processes": f"{HERD} --processes 2",

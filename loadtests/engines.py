@@ -1,17 +1,13 @@
-"""Engines behind a benchmark, started as a replica starts them; and what engines and routers count."""
+"""Engines behind a benchmark, started as a replica starts them."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import tempfile
-from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
-
-import httpx
-from prometheus_client.parser import text_string_to_metric_families
 
 from loadtests.bench import BenchFailed
 from workers.engine import DEMO, Engine, EngineSpec, make_engine
@@ -57,17 +53,3 @@ async def _start(engine: Engine, logs: Iterable[Path], started: list[EngineProce
                 group.create_task(one(log))
     except ExceptionGroup as errors:
         raise BenchFailed(str(errors.exceptions[0])) from None
-
-
-async def counted(urls: Iterable[str]) -> Counter[str]:
-    """All samples of these servers' /metrics, summed by name, and by name and label: `name{label="x"}`."""
-    async with httpx.AsyncClient(trust_env=False, timeout=30) as client:
-        replies = await asyncio.gather(*(client.get(f"{url}/metrics") for url in urls))
-    total: Counter[str] = Counter()
-    for reply in replies:
-        for family in text_string_to_metric_families(reply.raise_for_status().text):
-            for sample in family.samples:
-                total[sample.name] += sample.value
-                for label, value in sample.labels.items():
-                    total[f'{sample.name}{{{label}="{value}"}}'] += sample.value
-    return total
