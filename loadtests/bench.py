@@ -95,10 +95,13 @@ async def ready(name: str, router: Running, model: str) -> None:
     raise BenchFailed(f"{name} does not route requests. Its log ends:\n{router.log_tail}")
 
 
-def run_bench(bench: Coroutine[Any, Any, T], cores: Cores) -> T:
-    """Runs a benchmark on the core of the load; on SIGTERM it ends, and with it all that it started."""
+def run_bench(bench: Coroutine[Any, Any, T], cores: Cores | None = None) -> T:
+    """Runs a benchmark, on the core of the load if cores are told apart.
+
+    On SIGTERM it ends, and with it all that it started.
+    """
     try:
-        with pinned({cores.load}):
+        with pinned({cores.load}) if cores else contextlib.nullcontext():
             return uvloop.run(_cancelled_by_signal(bench))
     except asyncio.CancelledError:
         sys.exit(128 + signal.SIGTERM)

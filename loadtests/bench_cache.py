@@ -238,13 +238,11 @@ def _foretold(found: Sequence[Measured]) -> list[str]:
         return []
     misses = total["herd_prediction_misses_total"]
     cause = "herd_prediction_misses_total{cause="
-    causes = ", ".join(
-        f"{name[len(cause) : -1]} {n:.0f}" for name, n in total.items() if name.startswith(cause)
-    )
+    causes = [f"{key[len(cause) : -1]} {n:.0f}" for key, n in total.items() if key.startswith(cause)]
+    near, true = 100 * (1 - misses / count), 100 * exact[True] / exact.total()
     return [
-        f"Herd predicted the cached tokens of {count:.0f} requests: {100 * (1 - misses / count):.1f} % within a "
-        f"block of what the engine reported, {100 * exact[True] / exact.total():.1f} % to the token. "
-        f"Misses by cause: {causes or 'none'}."
+        f"Herd predicted the cached tokens of {count:.0f} requests: {near:.1f} % within a block of what the "
+        f"engine reported, {true:.1f} % to the token. Misses by cause: {', '.join(causes) or 'none'}."
     ]
 
 

@@ -33,7 +33,6 @@ from workers import demo_model
 from workers.engine import DEMO
 from workers.process import EngineProcess
 
-ENGINES = 4
 POLICY = "kv_aware"
 PEERS_POLICY = "cache_aware"
 OUTPUT_TOKENS = 3
@@ -44,8 +43,6 @@ ENGINE_ARGS = {
     "max-num-batched-tokens": 131_072,
     "max-model-len": 131_072,
 }
-# Connections are open, code is warm and most groups have been seen after this long.
-RAMP_S = 2.0
 IDLE_S = 1.0
 REQUESTS = "herd_requests_total"
 
@@ -122,12 +119,17 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is measured, for how long, how often."""
+    """What is measured, for how long, how often.
+
+    `ramp_s`: after so long connections are open, code is warm and each group has been seen.
+    """
 
     kinds: tuple[Kind, ...]
     connections: int
     seconds: float
     rounds: int
+    ramp_s: float = 2.0
+    engines: int = 4
 
 
 def asks(kind: Kind, port: int, oracle: Oracle, seed: str) -> Iterator[Ask]:
@@ -167,7 +169,9 @@ async def bench(
         for group, bare in ((others, direct), (herds, False)):
             if not (group or bare):
                 continue
-            behind = await stack.enter_async_context(engines.running(ENGINES, ENGINE_ARGS, source=source))
+            behind = await stack.enter_async_context(
+                engines.running(plan.engines, ENGINE_ARGS, source=source)
+            )
             if bare:
                 targets[DIRECT] = straight(behind)
             for router in group:
@@ -212,7 +216,8 @@ async def measure(
 ) -> Measured:
     """One kind through one router: first on all connections, then on one."""
     fresh = asks(kind, target.ports[0], oracle, f"{name}/{number}/{kind.name}")
-    load = Load(made(fresh, int(kind.rate * (RAMP_S + plan.seconds))), plan.connections, RAMP_S, kind.stream)
+    ahead = round(kind.rate * (plan.ramp_s + plan.seconds))
+    load = Load(made(fresh, ahead), plan.connections, plan.ramp_s, kind.stream)
     before = await counts(target)
     busy = await generator.run(load, target.ports, plan.seconds, target.cpu_s)
     engines_told, herd_told = (after - was for after, was in zip(await counts(target), before, strict=True))
@@ -283,10 +288,10 @@ def _proof(found: Sequence[Measured]) -> list[str]:
         return []
     asked, tokens = total[REQUESTS], total["herd_prompt_tokens_total"]
     others = "".join(f"; {why}: {count}" for why, count in ids.items() if why != account.SENT)
+    cached = 100 * total["herd_cached_tokens_total"] / tokens
     return [
-        f"Herd sent token ids with {ids[account.SENT]} of {ids.total()} requests{others}. Engines reported to it "
-        f"{tokens / asked:.0f} prompt tokens each, {100 * total['herd_cached_tokens_total'] / tokens:.0f} % of "
-        "them cached."
+        f"Herd sent token ids with {ids[account.SENT]} of {ids.total()} requests{others}. "
+        f"Engines reported {tokens / asked:.0f} prompt tokens each to it, {cached:.0f} % of them cached."
     ]
 
 

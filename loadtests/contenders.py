@@ -193,13 +193,14 @@ def install(name: str) -> None:
 
 
 @contextlib.contextmanager
-def running(contender: Contender, urls: list[str], core: int) -> Iterator[Running]:
-    """The router on its core; ended on leaving."""
+def running(contender: Contender, urls: list[str], core: int | None = None) -> Iterator[Running]:
+    """The router, on a core of its own if one is given; ended on leaving."""
     with tempfile.TemporaryDirectory(prefix="herd-bench-") as folder:
         ports = Ports(free_port(), free_port())
         log = Path(folder) / "log"
         command = contender.start(urls, ports, Path(folder))
-        with log.open("wb") as output, pinned({core}):
+        own = contextlib.nullcontext() if core is None else pinned({core})
+        with log.open("wb") as output, own:
             process = subprocess.Popen(
                 command, stdout=output, stderr=subprocess.STDOUT, cwd=folder, start_new_session=True
             )

@@ -30,11 +30,13 @@ class Connections:
         try:
             async with asyncio.timeout(REPLY_S):
                 raw, first_at = await _whole(reader)
-        except (OSError, EOFError, TimeoutError) as error:
+            check(raw, ask.expected, stream=True)
+        except BaseException as error:
             writer.transport.abort()
-            raise BrokenReply(f"no whole reply: {error!r}") from None
+            if isinstance(error, OSError | EOFError | TimeoutError):
+                raise BrokenReply(f"no whole reply: {error!r}") from None
+            raise
         self._idle.append(connection)
-        check(raw, ask.expected, stream=True)
         return first_at - began
 
     def close(self) -> None:
