@@ -35,7 +35,7 @@ BRANCHES = (BLIND, COLD, CACHED, AWAY)
 # A candidate: requests in flight, sequences decoding, tokens cached at hand, on slower tiers; seconds of
 # backlog, of prefill; cost. The seconds are NAN where the policy does not go by them.
 CANDIDATE = struct.Struct("4i3f")
-UNTOLD = Forecast(nan, nan, nan, nan)
+UNTOLD = Forecast(nan, nan, nan, nan, nan, 0)
 # Of the error that ended a stream as much is kept; vLLM's sentences are shorter.
 ERROR_BYTES = 300
 # What a header's value does not hold (RFC 9110, section 5.5, less what is not ASCII).

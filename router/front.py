@@ -13,9 +13,9 @@ from collections.abc import Iterable
 from msgspec import structs
 
 from router.admin import Admin
+from router.caches import Caches
 from router.config import RouterConfig
 from router.core.fleet import Fleet
-from router.core.placement import POLICIES
 from router.errors import ListenError
 from router.gossip import Gossip
 from router.health import Endpoint, Watch
@@ -60,22 +60,21 @@ class FrontDoor:
         self.admin_port = config.admin_port
         self.fleet = Fleet()
         self.metrics = Metrics()
-        self._watch = Watch(self.fleet, self.metrics)
+        self._caches = Caches(config, self.fleet, self.metrics)
+        self._watch = Watch(self.fleet, self.metrics, self._caches)
         self._upstreams = Upstreams()
         self._gossip = Gossip(self.fleet, self.metrics, self._contacts)
         self._peer_host = peer_host
         self._met: list[Contact] | None = None
-        policy = POLICIES[config.policy]
         self._relay = Relay(
+            config,
             self.fleet,
-            policy,
             self.metrics,
             self._watch,
+            self._caches,
             self._upstreams,
-            promised,
-            config.aliases,
             self._gossip.placed,
-            config.decisions,
+            promised,
         )
         self._shards = Shards(self._relay, self._gossip, self.metrics, config.shards, config.aliases)
         handler = self._relay if config.shards == 1 else self._shards
@@ -98,6 +97,7 @@ class FrontDoor:
 
     async def start(self) -> None:
         """Takes a place on the port, and opens the admin port; raises ListenError with one sentence."""
+        await self._caches.start()
         await self._watch.start()
         try:
             rank = await self._place.claim()
@@ -117,6 +117,7 @@ class FrontDoor:
             async with asyncio.timeout(SETTLE_S):
                 while not self._watch.settled:
                     await asyncio.sleep(SETTLE_LOOK_S)
+                await self._caches.tokenizers.settled()
         try:
             await self._place.open()
             if self._config.shards > 1:
@@ -168,5 +169,6 @@ class FrontDoor:
         self._gossip.stop()
         await self._place.leave()
         await self._watch.stop()
+        await self._caches.stop()
         self._upstreams.close()
         self._shards.close()

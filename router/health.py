@@ -11,7 +11,7 @@ import contextlib
 import logging
 import re
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Protocol
 from urllib.parse import urlsplit
 
 import httpx
@@ -111,12 +111,23 @@ def reachable(bound: str | None, url: str) -> str | None:
     return bound.replace("//*:", f"//{host}:").replace("//0.0.0.0:", f"//{host}:")
 
 
+class Observer(Protocol):
+    """Who is told of replicas as they come and go, after the fleet."""
+
+    def joined(self, replica: Replica) -> None:
+        """It can be given requests; said again when it is back, since another engine may answer there."""
+
+    def left(self, replica_id: str) -> None:
+        """It was withdrawn."""
+
+
 class Watch:
     """Follows every announced replica: brings it into the fleet, marks it down and up again."""
 
-    def __init__(self, fleet: Fleet, metrics: Metrics) -> None:
+    def __init__(self, fleet: Fleet, metrics: Metrics, observer: Observer | None = None) -> None:
         self._fleet = fleet
         self._metrics = metrics
+        self._observer = observer
         self._followers: dict[str, asyncio.Task[None]] = {}
         self._looks: dict[str, asyncio.Event] = {}
         self._untried: set[str] = set()
@@ -145,6 +156,8 @@ class Watch:
         del self._looks[replica_id]
         self._untried.discard(replica_id)
         self._fleet.left(replica_id)
+        if self._observer is not None:
+            self._observer.left(replica_id)
 
     def suspect(self, replica_id: str) -> None:
         """A request broke there: look at once."""
@@ -195,6 +208,8 @@ class Watch:
                 await asyncio.sleep(PROBE_DOWN_S)
         self._fleet.joined(replica, self._now())
         self._fleet.recovered(replica.id, self._now())
+        if self._observer is not None:
+            self._observer.joined(replica)
         self._untried.discard(endpoint.id)
         log.info("replica %s serves %s at %s", replica.id, ", ".join(replica.models), replica.url)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from math import exp
 from typing import NamedTuple
 
 import msgspec
@@ -19,6 +20,10 @@ from router.core.step_model import StepModel
 
 # Tokens of KV cache of an engine that does not tell: an 8B model in 16 bits on a GPU of 80 GB has 450,000.
 UNTOLD_CAPACITY = 400_000
+# What counts as lately (seconds): a few answers long, so that it tells what a stream will meet.
+RECENT_S = 60.0
+# A replica that seems to do nothing but prefill still decodes now and then.
+MOST_BUSY = 0.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +70,16 @@ class Trust(StrEnum):
 
 
 class Load(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """Work at a replica: requests, seconds of prefill promised, sequences decoding, tokens behind those."""
+    """Work at a replica: requests, seconds of prefill promised, sequences decoding, tokens behind those.
+
+    `recent_s`: seconds of prefill that were promised lately (RECENT_S), done or not.
+    """
 
     in_flight: int = 0
     prefill_s: float = 0.0
     decoding: int = 0
     context: int = 0
+    recent_s: float = 0.0
 
     def __add__(self, other: Load) -> Load:
         return Load(
@@ -78,6 +87,7 @@ class Load(msgspec.Struct, frozen=True, array_like=True, gc=False):
             self.prefill_s + other.prefill_s,
             self.decoding + other.decoding,
             self.context + other.context,
+            self.recent_s + other.recent_s,
         )
 
 
@@ -110,6 +120,8 @@ class Standing:
     prefills: dict[int, Flight] = field(default_factory=dict)  # in order of their start
     prefill_s: float = 0.0  # of all of them
     prefilled_s: float = 0.0  # of all that were before
+    recent_s: float = 0.0  # of all that were promised, the older the less, as of `recent_at`
+    recent_at: float = 0.0
     head_since: float = 0.0
     decoding: int = 0
     context: int = 0
@@ -136,7 +148,8 @@ class Standing:
 
     def own_load(self, now: float) -> Load:
         """What this router has here."""
-        return Load(self.in_flight, self._own_backlog_s(now), self.decoding, self.context)
+        backlog, recent = self._own_backlog_s(now), self._own_recent_s(now)
+        return Load(self.in_flight, backlog, self.decoding, self.context, recent)
 
     def backlog_s(self, now: float) -> float:
         """Seconds of prefill that were promised here, by all routers, and are not done yet."""
@@ -149,6 +162,13 @@ class Standing:
         done = min(max(0.0, now - self.head_since), head.forecast.prefill_s)
         return self.prefill_s - done
 
+    def _own_recent_s(self, now: float) -> float:
+        return self.recent_s * exp((self.recent_at - now) / RECENT_S)
+
+    def busy(self, now: float) -> float:
+        """The share of its time that it prefills, if what comes is as what came lately; at most MOST_BUSY."""
+        return min(MOST_BUSY, (self._own_recent_s(now) + self.elsewhere.recent_s) / RECENT_S)
+
     def step_s(self) -> float:
         """Seconds of a step that only decodes, with all that decode here now."""
         others = self.elsewhere
@@ -160,7 +180,8 @@ class Standing:
         prefill = self.steps.prefill_s(num_tokens - before, before) + self.steps.loading_s(cached.slower)
         backlog = self.backlog_s(now)
         step = self.step_s()
-        return Forecast(backlog, prefill, step, self.steps.first_token_s(backlog + prefill, step))
+        ttft = self.steps.first_token_s(backlog + prefill, step)
+        return Forecast(backlog, prefill, step, ttft, self.busy(now), self.decoding + self.elsewhere.decoding)
 
 
 class Cached(NamedTuple):
@@ -178,12 +199,22 @@ NOTHING_CACHED = Cached()
 
 
 class Forecast(NamedTuple):
-    """Seconds: of prefill ahead of a request, of its own prefill, of a step there, until its first token."""
+    """Seconds: of prefill ahead of a request, of its own prefill, of a step there, until its first token.
+
+    `busy`: the share of time that goes into prefill there, below 1. `decoding`: streams there.
+    """
 
     backlog_s: float
     prefill_s: float
     step_s: float
     ttft_s: float
+    busy: float
+    decoding: int
+
+    @property
+    def pace_s(self) -> float:
+        """Seconds between two tokens of a stream there, what is prefilled meanwhile included."""
+        return self.step_s / (1 - self.busy)
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +250,8 @@ class Flight:
     `cached` and `forecast`: what was predicted. `expected`: keys of the blocks that it brings, until events
     confirm them; `known_by`: as in Standing when it started. `confirmed`: events had told all of `cached`,
     nothing of it was only promised. `history`: keys to remember if no events tell.
-    `prefilled_s`: what the replica had prefilled when this one's first token came.
+    `prefilled_s`: what the replica had prefilled when this one's first token came. `silent`: nothing is seen
+    of it before its end; it counts as prefilled when it should be.
     """
 
     standing: Standing
@@ -232,6 +264,7 @@ class Flight:
     confirmed: bool = True
     history: Keys = field(default_factory=list)
     prefilled_s: float = 0.0
+    silent: bool = False
     first_token_at: float | None = None
 
 
@@ -311,11 +344,14 @@ class Fleet:
         now: float,
         prompt: Prompt | None = None,
         cached: Cached = NOTHING_CACHED,
+        silent: bool = False,
     ) -> Flight:
         """A request was placed on the replica. Counted at once, so that the next placement sees it."""
         standing = self._standings[replica_id]
+        self._settle(standing, now)
         num_tokens = prompt.num_tokens if prompt is not None else 0
-        flight = Flight(standing, now, num_tokens, cached, standing.forecast(num_tokens, cached, now))
+        forecast = standing.forecast(num_tokens, cached, now)
+        flight = Flight(standing, now, num_tokens, cached, forecast, silent=silent)
         if prompt is not None and standing.trust is not Trust.LOAD:
             keys, flight.known_by = prompt.keys(standing.key_blocks), standing.known_by
             flight.expected = self.index.expect(flight.known_by, keys[cached.blocks :])
@@ -326,6 +362,8 @@ class Fleet:
             standing.head_since = now
         standing.prefills[id(flight)] = flight
         standing.prefill_s += flight.forecast.prefill_s
+        standing.recent_s = standing._own_recent_s(now) + flight.forecast.prefill_s
+        standing.recent_at = now
         standing.in_flight += 1
         standing.awaiting_first_token += 1
         self._turns += 1
@@ -335,10 +373,25 @@ class Fleet:
         """The first output of the request was seen; later calls change nothing."""
         if flight.first_token_at is not None:
             return
-        flight.first_token_at = now
+        if not flight.silent:
+            forecast = flight.forecast
+            prefill = forecast.backlog_s + forecast.prefill_s
+            flight.standing.steps.observe_first_token(forecast.ttft_s, prefill, now - flight.started_at)
+        self._decodes(flight, now)
+
+    def _settle(self, standing: Standing, now: float) -> None:
+        """Those at the head of the line that say nothing go on when they should be prefilled."""
+        while standing.prefills:
+            head = next(iter(standing.prefills.values()))
+            due = head.started_at + head.forecast.ttft_s
+            if not head.silent or now < due:
+                return
+            self._decodes(head, due)
+
+    def _decodes(self, flight: Flight, now: float) -> None:
+        """The request is prefilled, and the engine generates."""
         standing, forecast = flight.standing, flight.forecast
-        prefill = forecast.backlog_s + forecast.prefill_s
-        standing.steps.observe_first_token(forecast.ttft_s, prefill, now - flight.started_at)
+        flight.first_token_at = now
         self._prefilled(flight, now)
         standing.prefilled_s += forecast.prefill_s
         flight.prefilled_s = standing.prefilled_s
@@ -355,7 +408,8 @@ class Fleet:
         else:
             # Had the replica not prefilled for others meanwhile, decoding would have taken so long.
             decoding_s = now - flight.first_token_at - (standing.prefilled_s - flight.prefilled_s)
-            standing.steps.observe_stream(output_tokens - 1, standing.step_s(), decoding_s)
+            if not flight.silent:
+                standing.steps.observe_stream(output_tokens - 1, standing.step_s(), decoding_s)
             standing.decoding -= 1
             standing.context -= flight.num_tokens
         if flight.expected:
@@ -401,6 +455,8 @@ class Fleet:
             ready = self._ready[model] = tuple(
                 s for s in self if s.state is State.READY and model in s.replica.models
             )
+        for standing in ready:
+            self._settle(standing, now)
         if prompt is None:
             return View(ready, self._turns, draw, key, now)
         return View(ready, self._turns, draw, key, now, prompt.num_tokens, self._cached(ready, prompt))
