@@ -99,7 +99,7 @@ async def request_costs(urls: list[str], rounds: int, seconds: float, cores: Cor
         for way, command in WAYS.items():
             contender = contenders.template(way, command)
             router = routers[way] = stack.enter_context(contenders.running(contender, urls, cores.router))
-            await ready(way, router)
+            await ready(way, router, mock_engine.MODEL)
             while not admin_ports(router):  # told when all processes are there
                 await asyncio.sleep(0.1)
         await asyncio.sleep(SETTLE_S)
