@@ -43,6 +43,8 @@ COUNTERS = (
     ("disconnects", "client_disconnects", "Requests given up because the client left."),
     ("truncated", "streams_truncated", "Streams that ended in an error after their first byte."),
     ("replica_failures", "replica_failures", "Times a replica was taken out of traffic."),
+    ("event_gaps", "kv_event_gaps", "Times that KV events were missing, and asked for again."),
+    ("events_lost", "kv_events_lost", "Times that KV events were lost, and what a cache holds with them."),
     ("predictions", "predictions", "Predictions of cached tokens that an engine's report was compared with."),
     ("predicted_cached", "predicted_cached_tokens", "Prompt tokens predicted to be cached, of these."),
     ("reported_cached", "reported_cached_tokens", "Prompt tokens reported to be cached, of these."),
@@ -83,6 +85,8 @@ class ModelMetrics:
     disconnects: Counter
     truncated: Counter
     replica_failures: Counter
+    event_gaps: Counter
+    events_lost: Counter
     predictions: Counter
     predicted_cached: Counter
     reported_cached: Counter

@@ -357,6 +357,11 @@ class Fleet:
         """Whether this router is to know what the replica caches."""
         return self._share is None or replica_id in self._share
 
+    def is_hybrid(self, replica_id: str) -> bool:
+        """Whether its events tell of several groups of KV cache: a prefix needs a block of each."""
+        standing = self._standings.get(replica_id)
+        return standing is not None and len(self.index.source(standing.bit).groups) > 1
+
     # -- requests
 
     def started(
