@@ -1,4 +1,4 @@
-"""What a router process knows of its replicas' caches, put together: tokens, events, and whether to trust them.
+"""What a router process knows of its replicas' caches: tokens, events, and whether they can be trusted.
 
 Only a policy that goes by caches needs any of it; with the others no engine is asked.
 """

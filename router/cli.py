@@ -190,7 +190,7 @@ def record(file: Path, seconds: float | None, port: int, run_dir: Path | None) -
 @click.option("--host", default="0.0.0.0", show_default=True)
 @click.option("--port", default=PORT, show_default=True)
 @click.option("--admin-port", default=ADMIN_PORT, show_default=True)
-@click.option("--policy", help=f"How a replica is chosen: {', '.join(POLICIES)}.  [default: least_requests]")
+@click.option("--policy", help=f"How a replica is chosen: {', '.join(POLICIES)}.  [default: kv_aware]")
 @click.option(
     "--model-alias",
     "aliases",

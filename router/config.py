@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from router.core.placement import POLICIES
+from router.core.placement import POLICIES, kv_aware
 from router.decisions import DecisionsConfig
 from router.errors import ConfigError
 from router.http.cors import Cors
@@ -46,7 +46,7 @@ class RouterConfig(BaseModel):
     admin_port: Port = 8001  # of the first router process on a machine; the next ones have the next ports
     replicas: Annotated[int, Field(ge=1)] = 1
     shards: Annotated[int, Field(ge=1)] = 1
-    policy: str = "least_requests"
+    policy: str = kv_aware.__name__
     tokenizers: dict[Name, TokenizerConfig] = {}
     allow_kv_transfer_params: bool = False
     aliases: dict[Name, Name] = {}

@@ -47,7 +47,7 @@ class Listener(Protocol):
 
 @dataclass(slots=True)
 class Place:
-    """How far one engine's batches have been taken in. `due`: the number of the next one."""
+    """How far an engine's batches were taken in. `due`: the number of the next one."""
 
     due: int = 0
     ts: float = 0.0  # of the last batch, by the engine's clock
@@ -63,7 +63,7 @@ class Feed:
 
 
 class KVFeed:
-    """Follows the replicas that publish their KV events. What it learns goes to the fleet and the listener."""
+    """Follows replicas that publish their KV events. What it learns goes to the fleet and to the listener."""
 
     def __init__(self, fleet: Fleet, metrics: Metrics, listener: Listener) -> None:
         self._fleet = fleet

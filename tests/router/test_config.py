@@ -10,7 +10,7 @@ MODEL = {"name": "m", "engine": "simulated", "source": "demo"}
 def test_a_fleet_needs_no_more_than_a_model():
     fleet = parse({"models": [MODEL]})
     assert (fleet.models[0].name, fleet.models[0].replicas) == ("m", 1)
-    assert (fleet.router.port, fleet.router.admin_port, fleet.router.policy) == (8000, 8001, "least_requests")
+    assert (fleet.router.port, fleet.router.admin_port, fleet.router.policy) == (8000, 8001, "kv_aware")
 
 
 def test_a_model_may_have_other_names():
