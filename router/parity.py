@@ -41,7 +41,7 @@ MAX_SAMPLES = 8
 # Live requests that differed, kept for the canaries of their replica until it gets them right.
 KEPT_SAMPLES = 4
 # Canaries at once: a fleet that starts is proven without a rush on its engines.
-MAX_CANARIES = 4
+MAX_CANARIES = 8
 # How long a miss waits for the events that may explain it, in seconds.
 SETTLE_S = 0.5
 # For the parts of a request to an engine; a canary's first token has its own.
@@ -320,29 +320,40 @@ class Parity:
             self._describe(subject, replica)
 
     async def _compare(self, subject: Subject) -> Finding | None:
-        engine, record = Engine(self._client, subject.replica), subject.record
+        """What a canary finds that another one may find mended; what the engine lacks is noted."""
+        for compare in (self._compare_tokens, self._compare_cache):
+            finding = await compare(subject)
+            if finding is None:
+                continue
+            if finding.kind in CURABLE:
+                return finding
+            subject.record.doubt(*finding)
+        return None
+
+    async def _compare_tokens(self, subject: Subject) -> Finding | None:
+        engine = Engine(self._client, subject.replica)
         for name, call in [*conversations(engine.model), *(("a live request", c) for c in subject.samples)]:
             prompt = await self._tokenizers.prompt(call)
             if prompt.token_ids is None:
                 continue  # the router sends text for these, so nobody relies on its tokens
             finding = await compare_tokens(engine, call, prompt.token_ids)
-            if finding is not None and finding.kind is Doubt.TOKENS_DIFFER:
-                return Finding(finding.kind, f"{name}: {finding.reason}")
+            if finding is not None and finding.kind in CURABLE:
+                return finding._replace(reason=f"{name}: {finding.reason}")
             if finding is not None:
-                record.limit(*finding)
-                break
+                return finding
+        return None
+
+    async def _compare_cache(self, subject: Subject) -> Finding | None:
         if not subject.replica.prefix_caching:
             return None
+        engine, record = Engine(self._client, subject.replica), subject.record
         held = None if record.limited else partial(self._held, subject)
         found = await compare_cache(engine, self._tokenizers.prompt, held, secrets.token_hex(8))
         if isinstance(found, Finding):
-            if found.kind in CURABLE:
-                return found
-            record.limit(*found)
-        else:
-            record.reports = found
-            if not found and subject.silence is None:
-                await self._listen(subject, None)
+            return found
+        record.reports = found
+        if not found and subject.silence is None:
+            await self._listen(subject, None)
         return None
 
     # -- what follows

@@ -204,8 +204,8 @@ class Record:
     """All that speaks for and against one replica.
 
     `block_size`: tokens, 0 where its keys are of text. `complete`: the index has all that its events told
-    since its start. `reports`: it says how much was cached; None until it answered. `doubts`: how many there
-    were so far.
+    since its start. `reports`: it says how much was cached; None until it answered. `doubts`: how many that
+    canaries can dispel there were so far.
     """
 
     block_size: int = 0
@@ -260,18 +260,18 @@ class Record:
         """No canary could make it EXACT, so none has to look at its events."""
         return not CURABLE.issuperset(self._doubts)
 
-    def limit(self, kind: Doubt, reason: str) -> None:
-        """The engine lacks something that no canary brings."""
-        self._doubts[kind] = reason
-
     def doubt(self, kind: Doubt, reason: str) -> None:
         """Something contradicts the trust. That a canary could not be run at all is UNPROVEN."""
+        if kind not in CURABLE:
+            self._doubts[kind] = reason
+            return
         if CURABLE.isdisjoint(self._doubts):
             self._setbacks += 1
         else:
             self._failures += 1
         if kind is not Doubt.UNPROVEN:
             self._needed = CONFIRMATIONS
+            self._doubts.pop(Doubt.UNPROVEN, None)  # it says less
         if kind is Doubt.EVENTS_LOST:
             self.complete = False
         self.doubts += 1

@@ -8,13 +8,15 @@ import json
 import sys
 from dataclasses import dataclass
 from random import Random
+from typing import NamedTuple
 
 import httpx
 import pytest
 import zmq
 import zmq.asyncio
 from prometheus_client import generate_latest
-from router_wire import WAIT_S, until
+from router_wire import VLLM_PAGES, WAIT_S, answering, reply, until
+from router_wire import engine as scripted
 from support import Running, Start, eventually, free_ports
 from xxhash import xxh3_64_intdigest
 
@@ -66,6 +68,12 @@ class Engine:
 
     def repair(self):
         httpx.delete(f"{self.url}/faults", trust_env=False)
+
+
+class Foreign(NamedTuple):
+    """An engine that a test scripts."""
+
+    url: str
 
 
 class Bench:
@@ -223,6 +231,15 @@ async def test_what_an_engine_lacks_lowers_the_trust_and_not_the_service(
         await until(lambda: it.standing.takes_ids)
         assert (it.trust, it.standing.trust_reason) == (trust, reason)
         await converse(it, 5)
+
+
+async def test_a_foreign_engine_without_tokenize_gets_no_token_ids():
+    pages = {**VLLM_PAGES, b"/kv_event_sources": reply(b"{}"), CHAT.encode(): reply(b"{}")}
+    async with scripted(answering(pages)) as (_, url), bench(Foreign(url), {"m": DEMO[MODEL]}) as it:
+        reason = "its engine has no /tokenize to compare tokens with; its engine publishes no KV events"
+        await until(lambda: it.standing.trust_reason == reason)
+        assert (it.trust, it.standing.takes_ids) == (Trust.APPROXIMATE, False)
+        assert it.standing.key_blocks == 32
 
 
 async def test_without_a_tokenizer_keys_are_of_text(engine, tmp_path):

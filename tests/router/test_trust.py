@@ -27,6 +27,7 @@ from router.core.trust import (
 from workers.simulated.kv_cache import KVCache, Removed, Stored
 
 BLOCK = 16
+UNEXPLAINED, RIGHT, NOTHING = Response(64, 0), Response(64, 64), Response(0, 0)
 WHOLE = Replica("r", "http://r", ("m",), block_size=BLOCK, kv_events="tcp://r:1")
 
 
@@ -129,6 +130,34 @@ def test_canaries_back_off_with_every_failure_and_every_demotion():
     assert it.retry_s == 2 * RETRY_S
 
 
+OPS = st.one_of(
+    st.just("pass"), st.just("describe"), st.sampled_from([*Doubt]), st.sampled_from([RIGHT, UNEXPLAINED])
+)
+
+
+@given(st.lists(OPS, max_size=40))
+def test_whatever_happened_clean_canaries_bring_all_that_the_engine_allows(ops):
+    it = record()
+    clean = limited = False
+    for op in ops:
+        if op == "pass":
+            it.canary_passed()
+            clean = True
+        elif op == "describe":
+            it.described(WHOLE)
+            clean = limited = False
+        elif isinstance(op, Response):
+            it.judge(op)
+        else:
+            it.doubt(op, "because")
+            clean, limited = clean and op not in CURABLE, limited or op not in CURABLE
+        assert it.verdict.trust is not Trust.EXACT or (clean and not limited)
+    for _ in range(CONFIRMATIONS):
+        it.canary_passed()
+    assert (it.verdict.trust is Trust.EXACT) is not limited
+    assert it.retry_s is None
+
+
 def test_a_long_time_without_fault_forgives():
     it = exact()
     for _ in range(3):
@@ -216,7 +245,6 @@ EXPLAINED = {
     Cause.UNCONFIRMED: Response(64, 0, confirmed=False),
     Cause.LATE: Response(0, 64, held=64),
 }
-UNEXPLAINED, RIGHT, NOTHING = Response(64, 0), Response(64, 64), Response(0, 0)
 
 
 def fed(responses, it=None):
