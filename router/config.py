@@ -112,6 +112,13 @@ class FleetConfig(BaseModel):
     models: Annotated[list[ModelConfig], Field(min_length=1)]
     router: RouterConfig = RouterConfig()
 
+    @property
+    def tokenizers(self) -> dict[str, TokenizerConfig]:
+        """By model: as the router is told, else as the model's engines are started."""
+        of_engines = {model.name: TokenizerConfig.of_engine(model) for model in self.models}
+        known = {name: config for name, config in of_engines.items() if config is not None}
+        return known | self.router.tokenizers
+
     @model_validator(mode="after")
     def _unique_names(self) -> FleetConfig:
         names = [model.name for model in self.models]

@@ -30,7 +30,7 @@ LAG_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 
 RETRY_REASONS = ("connect", "cut")
 # What became of datagrams between router processes: those of a process that is not known, whose signature is
 # another's, or that are no newer than what is known, are dropped.
-DATAGRAM_FATES = ("sent", "taken", "stale", "unknown", "forged", "malformed")
+DATAGRAM_FATES = ("sent", "unsent", "taken", "stale", "unknown", "forged", "malformed")
 # Whether the owner of a request answered it; where it failed the request was served by the first router.
 OWNER_OUTCOMES = ("passed", "failed")
 

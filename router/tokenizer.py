@@ -18,12 +18,10 @@ from router.core.fleet import Replica
 from router.openai_api import Call
 from router.prompter import Prompter
 from router.prompts import Reading, read
-from router.tokenizer_config import TokenizerConfig
+from router.tokenizer_config import ANY, TokenizerConfig
 
 log = logging.getLogger(__name__)
 
-# The name that stands for every model without a tokenizer of its own.
-ANY = "*"
 # What is longer is read beside the loop: about here it takes a millisecond (`scripts/bench tokens`), of which
 # three quarters hold the GIL, so for shorter ones the change of threads would cost more than it spares.
 LONG_BODY_BYTES = 192 * 1024

@@ -101,7 +101,10 @@ def says(*parts: bytes, close: bool = False) -> Script:
     return script
 
 
-MODELS = b'{"data":[{"id":"m","max_model_len":4096},{"id":"lora","max_model_len":null}]}'
+MODELS = (
+    b'{"data":[{"id":"m","max_model_len":4096,"root":"/models/m","parent":null},'
+    b'{"id":"lora","max_model_len":null,"root":"/adapters/lora","parent":"m"}]}'
+)
 VLLM_METRICS = (
     b'# TYPE vllm:cache_config_info gauge\nvllm:cache_config_info{block_size="32",num_gpu_blocks="64"} 1.0\n'
 )

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from loadtests.fidelity import CheckFailed, Client, Plan, Sides, compare, prompt
+from loadtests.bench_fidelity import CheckFailed, Client, Plan, Sides, compare, prompt
 from loadtests.outcomes import Summary
 from loadtests.trace import Arrival
 
