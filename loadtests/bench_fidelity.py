@@ -1,8 +1,8 @@
 """How near the twin is to what it stands for: one trace in virtual time and over real sockets.
 
-Live: simulated engines (`herd engine simulated`) behind `herd route`, on this machine. Both sides get the
-same requests at the same times, on engines with the same clock and cache, placed by the same policy. What
-the twin leaves out is HTTP, and processes that wait for each other. Run through `scripts/bench fidelity`.
+Live: simulated engines behind `herd route`, on this machine. Both sides get the same requests at the same
+times, on engines with the same clock and cache, placed by the same policy. What the twin leaves out is HTTP,
+and processes that wait for each other. Run through `scripts/bench fidelity`.
 """
 
 from __future__ import annotations
@@ -10,11 +10,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -22,47 +20,41 @@ from random import Random
 import click
 import httpx
 import msgspec
-import uvloop
 
-from loadtests import contenders
-from loadtests.cpu import cpu_seconds
+from loadtests import contenders, engines
+from loadtests.bench import READY_S, BenchFailed, run_bench
+from loadtests.contenders import HERD, Contender, Running
 from loadtests.outcomes import Outcome, Summary, summarize
 from loadtests.report import table
 from loadtests.trace import BLOCK_TOKENS, Arrival, compress, read, spread
 from loadtests.twin import Setting, core_policy, simulate
 from router.config import Slo
 from router.core.placement import POLICIES
+from workers.command import flags
 from workers.demo_model import VOCABULARY
-from workers.simulated.options import Options
+from workers.simulated import options
 
 TRACE = Path(__file__).parent / "traces" / "conversation.jsonl.gz"
-MODEL = "herd-demo"
-FIRST_ID = 3  # those before it are special
-READY_S = 60.0
-# Between the start of the live side and its first request.
+FIRST_ID = 3  # of the demo model's vocabulary; those before it are special
+# How long the live side waits for the first request, once all is ready.
 HEAD_START_S = 0.2
+READ_BYTES = 1 << 16
+CACHED = re.compile(rb'"cached_tokens":\s*(\d+)')
 # How far the figures may lie apart.
 TOLERANCE = 0.05
 
-CONTEXT_TOKENS = 131_072  # more than the demo model has: no request of the trace is longer
-READ_BYTES = 1 << 16
-CACHED = re.compile(rb'"cached_tokens":\s*(\d+)')
-
-FIGURES: dict[str, Callable[[Summary], float]] = {
-    "TTFT p50": lambda summary: summary.ttft_p50,
-    "TTFT p90": lambda summary: summary.ttft_p90,
+Figure = Callable[[Summary], float]
+FIGURES: Mapping[str, Figure] = {
+    "TTFT p50 s": lambda summary: summary.ttft_p50,
+    "TTFT p90 s": lambda summary: summary.ttft_p90,
     "hit rate": lambda summary: summary.hit,
 }
 # These tell more, but are not judged: one request decides the last percent.
-BESIDE: dict[str, Callable[[Summary], float]] = {
-    "TTFT p99": lambda summary: summary.ttft_p99,
-    "TPOT p50": lambda summary: summary.tpot_p50,
-    "TPOT p99": lambda summary: summary.tpot_p99,
+BESIDE: Mapping[str, Figure] = {
+    "TTFT p99 s": lambda summary: summary.ttft_p99,
+    "TPOT p50 s": lambda summary: summary.tpot_p50,
+    "TPOT p99 s": lambda summary: summary.tpot_p99,
 }
-
-
-class CheckFailed(Exception):
-    """The check cannot be run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +70,15 @@ class Plan:
     seed: int
 
     @property
-    def engine(self) -> Options:
-        """What both sides run."""
-        return Options(block_size=BLOCK_TOKENS, speed=self.clock)
+    def engine_args(self) -> dict[str, float]:
+        """Of the engines on both sides; the trace has longer requests than the demo model takes."""
+        context = options.DEFAULT_MAX_MODEL_LEN
+        return {"block-size": BLOCK_TOKENS, "speed": self.clock, "max-model-len": context}
+
+    @property
+    def setting(self) -> Setting:
+        """The twin's side."""
+        return Setting(options.read(flags(self.engine_args)).engine_config(), self.replicas)
 
     def arrivals(self) -> list[Arrival]:
         """The requests."""
@@ -91,25 +89,75 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Sides:
-    """The figures of both, and the CPU seconds that the live side used for each second."""
+    """The figures of both."""
 
     live: Summary
     twin: Summary
-    cores: float
 
-    def apart(self, figure: Callable[[Summary], float]) -> float:
+    def apart(self, figure: Figure) -> float:
         """By how much of the live figure the twin's differs."""
         live, twin = figure(self.live), figure(self.twin)
         return abs(twin / live - 1) if live else float(twin != live)
 
     @property
     def faithful(self) -> bool:
-        """Whether all figures are near enough."""
+        """Whether all figures that are judged are near enough."""
         return all(self.apart(figure) <= TOLERANCE for figure in FIGURES.values())
 
 
+async def compare(plan: Plan) -> Sides:
+    """Runs both. Raises BenchFailed."""
+    arrivals = plan.arrivals()
+    run = simulate(arrivals, plan.setting, core_policy(POLICIES[plan.policy]), plan.seed)
+    return Sides(summarize(await live(plan, arrivals), Slo()), summarize(run.outcomes, Slo()))
+
+
+# -- live
+
+
+async def live(plan: Plan, arrivals: Sequence[Arrival]) -> list[Outcome]:
+    """What becomes of the requests over real sockets. Raises BenchFailed."""
+    bodies = [body(arrival) for arrival in arrivals]  # not while the clock runs
+    unloaded = plan.setting.unloaded_s
+    herd = Contender(HERD, contenders.herd(plan.policy))
+    async with engines.running(plan.replicas, plan.engine_args) as behind:
+        with contenders.running(herd, [engine.url for engine in behind]) as router:
+            await settled(router, plan.replicas)
+            began = time.monotonic() + HEAD_START_S
+            return await asyncio.gather(
+                *(
+                    Client(router.port, arrival, unloaded(arrival.input_length)).ask(body, began)
+                    for arrival, body in zip(arrivals, bodies, strict=True)
+                )
+            )
+
+
+async def settled(router: Running, replicas: int) -> None:
+    """Waits until all replicas are ready. Raises BenchFailed.
+
+    Without a request that tries it: where equals take turns, one more makes another run of it.
+    """
+    deadline = time.monotonic() + READY_S
+    async with httpx.AsyncClient(trust_env=False) as client:
+        while time.monotonic() < deadline and router.alive:
+            with contextlib.suppress(httpx.HTTPError):
+                told = await client.get(f"http://127.0.0.1:{router.admin_port}/fleet")
+                if [replica["state"] for replica in told.json()["replicas"]] == ["ready"] * replicas:
+                    return
+            await asyncio.sleep(0.1)
+    raise BenchFailed(f"the fleet does not become ready. The router's log ends:\n{router.log_tail}")
+
+
+def body(arrival: Arrival) -> bytes:
+    """A completion request as long as the trace's, its output too."""
+    asked = {"model": engines.MODEL, "prompt": prompt(arrival), "max_tokens": arrival.output_length}
+    stream = {"stream": True, "stream_options": {"include_usage": True}}
+    # A token that is half a character has no text, and no event of its own unless ids are asked for.
+    return msgspec.json.encode({**asked, **stream, "ignore_eos": True, "return_token_ids": True})
+
+
 def prompt(arrival: Arrival) -> list[int]:
-    """Token ids that share what the trace says: each block's come from its id."""
+    """Token ids that share what the trace says: those of a block come from its id."""
     ids = [token for id in arrival.hash_ids for token in _block(id)]
     return ids[: arrival.input_length]
 
@@ -118,100 +166,22 @@ def _block(id: int) -> list[int]:
     return Random(id).choices(range(FIRST_ID, VOCABULARY), k=BLOCK_TOKENS)
 
 
-def body(arrival: Arrival) -> bytes:
-    """A completion request as long as the trace's, its output too."""
-    return msgspec.json.encode(
-        {
-            "model": MODEL,
-            "prompt": prompt(arrival),
-            "max_tokens": arrival.output_length,
-            "ignore_eos": True,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-            "return_token_ids": True,  # a token that is half a character has no text, but an event then
-        }
-    )
-
-
-# -- live
-
-
-@contextlib.contextmanager
-def processes() -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
-    """Gives a function that starts one; all end with the block."""
-    with tempfile.TemporaryDirectory(prefix="herd-fidelity-") as folder, contextlib.ExitStack() as stack:
-
-        def start(*argv: str) -> subprocess.Popen[bytes]:
-            log = stack.enter_context((Path(folder) / f"log-{time.monotonic_ns()}").open("wb"))
-            process = subprocess.Popen(argv, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-            stack.callback(contenders.end, process)
-            return process
-
-        yield start
-
-
-async def answers(url: str, process: subprocess.Popen[bytes]) -> None:
-    """Waits until a process says that it is ready. CheckFailed if it never does."""
-    deadline = time.monotonic() + READY_S
-    async with httpx.AsyncClient(trust_env=False, verify=False) as client:
-        while time.monotonic() < deadline and process.poll() is None:
-            with contextlib.suppress(httpx.HTTPError):
-                if (await client.get(url)).status_code == 200:
-                    return
-            await asyncio.sleep(0.1)
-    raise CheckFailed(f"no answer from {url}")
-
-
-async def live(plan: Plan, arrivals: Sequence[Arrival], setting: Setting) -> tuple[list[Outcome], float]:
-    """Outcomes over real sockets, and how many cores the fleet kept busy."""
-    bodies = [body(arrival) for arrival in arrivals]
-    async with contextlib.AsyncExitStack() as stack:
-        start = stack.enter_context(processes())
-        ports = [contenders.free_port() for _ in range(plan.replicas)]
-        engines = [start(*engine_command(plan, port)) for port in ports]
-        urls = [f"http://127.0.0.1:{port}" for port in ports]
-        for url, engine in zip(urls, engines, strict=True):
-            await answers(f"{url}/health", engine)
-        port = contenders.free_port()
-        router = start(*contenders.herd(urls, port, Path()), "--policy", plan.policy)
-        await answers(f"http://127.0.0.1:{port}/ready", router)
-        clients = [Client(port, setting.unloaded_s(arrival.input_length), arrival) for arrival in arrivals]
-        began, used = time.monotonic() + HEAD_START_S, busy_s(router, *engines)
-        asked = (client.ask(body, began) for client, body in zip(clients, bodies, strict=True))
-        outcomes = await asyncio.gather(*asked)
-        return outcomes, (busy_s(router, *engines) - used) / (time.monotonic() - began)
-
-
-def engine_command(plan: Plan, port: int) -> list[str]:
-    """`plan.engine` as a process."""
-    flags = f"--port {port} --block-size {BLOCK_TOKENS} --speed {plan.clock} --max-model-len {CONTEXT_TOKENS}"
-    name = ("--served-model-name", MODEL, "--enable-prompt-tokens-details")
-    return [sys.executable, "-m", "workers.simulated", *name, *flags.split()]
-
-
-def busy_s(*processes: subprocess.Popen[bytes]) -> float:
-    """CPU seconds that they have used."""
-    return sum(cpu_seconds(process.pid) for process in processes)
-
-
 @dataclass(frozen=True, slots=True)
 class Client:
     """Sends one request when it is due, on a connection of its own."""
 
     port: int
-    unloaded: float
     arrival: Arrival
+    unloaded: float
 
     async def ask(self, body: bytes, began: float) -> Outcome:
-        """What became of it. CheckFailed if the reply is not whole."""
+        """What became of it. BenchFailed if the reply is not whole."""
         due = began + self.arrival.at
         await asyncio.sleep(due - time.monotonic())
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
-        writer.write(
-            f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n"
-            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode()
-            + body
-        )
+        head = "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n"
+        head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        writer.write(head.encode() + body)
         reply, first = bytearray(), 0.0
         while read := await reader.read(READ_BYTES):
             reply += read
@@ -223,27 +193,16 @@ class Client:
     def _outcome(self, reply: bytes, ttft: float, rest: float) -> Outcome:
         cached = CACHED.search(reply)
         if not reply.startswith(b"HTTP/1.1 200 ") or b"data: [DONE]" not in reply or cached is None:
-            raise CheckFailed(f"a reply is not whole: {reply[:500]!r} ... {reply[-500:]!r}")
-        outcome = Outcome(self.arrival, self.unloaded, "live", 0, 1.0, ttft)
-        outcome.tpot = rest / max(1, self.arrival.output_length - 1)
-        outcome.reported = int(cached[1])
-        return outcome
+            raise BenchFailed(f"a reply is not whole: {reply[:500]!r} ... {reply[-500:]!r}")
+        tpot = rest / max(1, self.arrival.output_length - 1)
+        return Outcome(self.arrival, self.unloaded, "", 0, 1.0, ttft, tpot, reported=int(cached[1]))
 
 
-# -- both
-
-
-async def compare(plan: Plan) -> Sides:
-    """Runs both. CheckFailed if the live side breaks."""
-    arrivals = plan.arrivals()
-    setting = Setting(plan.engine.engine_config(), plan.replicas)
-    run = simulate(arrivals, setting, core_policy(POLICIES[plan.policy]), plan.seed)
-    outcomes, cores = await live(plan, arrivals, setting)
-    return Sides(summarize(outcomes, Slo()), summarize(run.outcomes, Slo()), cores)
+# -- the command
 
 
 def report(sides: Sides) -> str:
-    """A table of both, a row per figure."""
+    """A row per figure."""
     rows = [
         [name, f"{of(sides.live):.4f}", f"{of(sides.twin):.4f}", f"{100 * sides.apart(of):.1f} %"]
         for name, of in {**FIGURES, **BESIDE}.items()
@@ -254,21 +213,16 @@ def report(sides: Sides) -> str:
 @click.command(context_settings={"show_default": True})
 @click.option("--policy", type=click.Choice(list(POLICIES)), default="least_requests")
 @click.option("--replicas", default=3, help="Engines; each of them and the router needs some CPU.")
-@click.option("--seconds", default=75.0, help="How long requests come.")
+@click.option("--seconds", default=90.0, help="How long requests come.")
 @click.option("--load", default=1.5, help="That of 8 replicas at so many times the trace's speed.")
-@click.option("--clock", default=2.0, help="The engines' clock; a slower one leaves each token more CPU.")
+@click.option("--clock", default=1.0, help="The engines' clock; a slower one leaves each token more CPU.")
 @click.option("--seed", default=0)
-def main(**options: object) -> None:
+def main(policy: str, replicas: int, seconds: float, load: float, clock: float, seed: int) -> None:
     """The twin beside live simulated engines; exit code 1 if a figure is more than 5 % apart."""
-    plan = Plan(**options)  # type: ignore[arg-type]
-    try:
-        sides = uvloop.run(compare(plan))
-    except CheckFailed as error:
-        raise click.ClickException(str(error)) from None
-    click.echo(
-        f"{sides.live.requests} requests, {plan.replicas} engines at {plan.clock:g} x their speed, "
-        f"{plan.policy}; the live side kept {sides.cores:.2f} cores busy\n\n{report(sides)}"
-    )
+    plan = Plan(policy, replicas, seconds, load, clock, seed)
+    sides = run_bench(compare(plan))
+    click.echo(f"{sides.live.requests} requests, {replicas} engines at {clock:g} x their speed, {policy}\n")
+    click.echo(report(sides))
     sys.exit(0 if sides.faithful else 1)
 
 

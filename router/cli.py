@@ -310,8 +310,9 @@ def simulate(
     if as_json:
         click.echo(twin.as_json(trace.name, speed, seed, simulated, results))
         return
-    out = Console(highlight=False)
-    out.print(twin.title(trace.name, arrivals, simulated), end="\n\n")
+    # Nothing is folded where no terminal has to be fitted.
+    out = Console(highlight=False, width=None if sys.stdout.isatty() else 1000)
+    out.print(twin.title(trace.name, speed, arrivals, simulated), end="\n\n")
     out.print(twin.report(results))
     out.print(f"\n{twin.NOTE}", style="dim")
 

@@ -74,7 +74,7 @@ def test_policies_are_compared_side_by_side(trace: Path) -> None:
         "--trace", trace, "--fleet", SIM_8B, "--policy", "kv_aware", "--policy", "round_robin"
     )
     lines = said.splitlines()
-    assert lines[0].startswith("trace.jsonl: 90 requests in 0.5 min, ")
+    assert lines[0].startswith("trace.jsonl x 1: 90 requests in 0.5 min, ")
     (heads,) = [line.split() for line in lines if "round_robin" in line]
     assert heads == ["kv_aware", "round_robin"]
     (cached,) = [line.split()[3::2] for line in lines if line.startswith("prompt tokens cached")]

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from loadtests.bench_fidelity import CheckFailed, Client, Plan, Sides, compare, prompt
+from loadtests.bench import BenchFailed
+from loadtests.bench_fidelity import Client, Plan, Sides, compare, prompt
 from loadtests.outcomes import Summary
 from loadtests.trace import Arrival
 
@@ -34,7 +35,7 @@ def test_prompts_share_what_their_blocks_share() -> None:
     ],
 )
 def test_five_percent_apart_is_near_enough(changed: dict[str, float], faithful: bool) -> None:
-    assert Sides(SUMMARY, replace(SUMMARY, **changed), 0.1).faithful is faithful
+    assert Sides(SUMMARY, replace(SUMMARY, **changed)).faithful is faithful
 
 
 def test_a_reply_that_is_not_whole_fails_the_check() -> None:
@@ -46,9 +47,9 @@ def test_a_reply_that_is_not_whole_fails_the_check() -> None:
     async def ask() -> None:
         async with await asyncio.start_server(refuse, "127.0.0.1", 0) as server:
             port = server.sockets[0].getsockname()[1]
-            await Client(port, 1.0, Arrival(0.0, 5, 5, [1])).ask(b"", asyncio.get_running_loop().time())
+            await Client(port, Arrival(0.0, 5, 5, [1]), 1.0).ask(b"", asyncio.get_running_loop().time())
 
-    with pytest.raises(CheckFailed, match="503"):
+    with pytest.raises(BenchFailed, match="503"):
         asyncio.run(ask())
 
 
