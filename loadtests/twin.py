@@ -42,8 +42,14 @@ PolicyFactory = Callable[[], Policy]
 
 
 def core_policy(policy: placement.Policy) -> PolicyFactory:
-    """A policy of router.core, as the twin takes them."""
-    return lambda: lambda view, prompt, reports: policy(view)
+    """A policy of router.core, as the twin takes them; picklable, for runs in other processes."""
+    return partial(partial, _by_view, policy)
+
+
+def _by_view(
+    policy: placement.Policy, view: View, prompt: Prompt, reports: Mapping[str, Report]
+) -> Placement | None:
+    return policy(view)
 
 
 @dataclass(frozen=True, slots=True)
