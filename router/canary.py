@@ -13,13 +13,14 @@ from typing import Any, NamedTuple
 
 import httpx
 import msgspec
-import numpy as np
 
 from router.core.blocks import Prompt
 from router.core.fleet import Replica
 from router.core.trust import Doubt
 from router.http.sse import Usage
-from router.openai_api import FAMILIES, Call, parse
+from router.openai_api import FAMILIES, Call, Fields, parse
+from workers.chat_messages import template_variables
+from workers.tokenizer import ids_of
 
 CHAT, COMPLETIONS, TOKENIZE = "/v1/chat/completions", "/v1/completions", "/tokenize"
 
@@ -43,15 +44,12 @@ NOT_SERVED = frozenset({400, 404, 405, 501})
 JSON = {"content-type": "application/json"}
 ONE_TOKEN = {"max_tokens": 1, "temperature": 0, "stream": False}
 
-# What shapes a prompt and /tokenize takes; what shapes it and /tokenize does not take.
+# What shapes a prompt and /tokenize takes as it is.
 TOKENIZED = {
-    CHAT: (
-        *("messages", "tools", "add_generation_prompt", "continue_final_message", "add_special_tokens"),
-        *("chat_template", "chat_template_kwargs"),
-    ),
+    CHAT: (*("messages", "tools", "add_generation_prompt", "continue_final_message", "add_special_tokens"),),
     COMPLETIONS: ("prompt", "add_special_tokens"),
 }
-UNTOKENIZED = ("reasoning_effort", "documents", "suffix", "echo")
+VARIABLES = ("chat_template_kwargs", "reasoning_effort", "documents")
 
 _WEATHER = {
     "type": "function",
@@ -135,13 +133,25 @@ def request(path: str, body: Mapping[str, Any]) -> Call:
 
 def tokenizable(call: Call) -> dict[str, Any] | None:
     """The body of /tokenize that asks for a request's tokens; None if it cannot be asked."""
-    fields = {name: raw for name, raw in call.fields.items() if bytes(raw) != b"null"}
     shaping = TOKENIZED.get(call.family.path)
-    if shaping is None or any(name in fields for name in UNTOKENIZED):
+    if shaping is None:
         return None
+    fields: Fields = {name: raw for name, raw in call.fields.items() if bytes(raw) != b"null"}
     if not bytes(fields.get("prompt", b'"')).startswith(b'"'):
         return None  # ids, or several prompts
-    return {"model": call.model, **{name: fields[name] for name in shaping if name in fields}}
+    if "tools" in fields and bytes(fields.get("tool_choice", b"")) == b'"none"':
+        return None  # /tokenize shows the tools, a chat may not
+    variables = _variables(fields)
+    body = {name: fields[name] for name in shaping if name in fields}
+    return {"model": call.model, **body, **({"chat_template_kwargs": variables} if variables else {})}
+
+
+def _variables(fields: Fields) -> dict[str, Any]:
+    """What a chat tells its template by members that /tokenize has not."""
+    told = {name: msgspec.json.decode(raw) for name, raw in fields.items() if name in VARIABLES}
+    effort, documents = told.get("reasoning_effort"), told.get("documents")
+    variables = template_variables(told.get("chat_template_kwargs") or {}, effort)
+    return variables | ({"documents": documents} if documents else {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,12 +276,6 @@ async def _repeated(engine: Engine, call: Call, prompt: Prompt, whole: int) -> F
     if not found:
         return Finding(Doubt.HISTORY_WRONG, "it found nothing of the canary's repetition cached")
     return True
-
-
-def ids_of(token_ids: bytes) -> list[int]:
-    """Token ids out of little-endian uint32."""
-    ids: list[int] = np.frombuffer(token_ids, "<u4").tolist()
-    return ids
 
 
 def _different(ours: bytes, theirs: list[int]) -> Finding | None:

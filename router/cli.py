@@ -199,6 +199,13 @@ def record(file: Path, seconds: float | None, port: int, run_dir: Path | None) -
     help="Another name for a model; may be given several times.",
 )
 @click.option(
+    "--tokenizer",
+    "sources",
+    multiple=True,
+    metavar="[MODEL=]DIR",
+    help="Where a model has its tokenizer and chat template.  [default: as its engines say, if it is here]",
+)
+@click.option(
     "--processes",
     type=click.IntRange(min=1),
     default=1,
@@ -216,6 +223,7 @@ def route(
     more_urls: tuple[str, ...],
     policy: str | None,
     aliases: tuple[str, ...],
+    sources: tuple[str, ...],
     processes: int,
     **listen: Any,
 ) -> None:
@@ -223,9 +231,14 @@ def route(
 
     With several processes SIGHUP replaces them, one after the other, without losing a connection.
     """
-    from router.route import run, stands_for
+    from router.route import run, stands_for, tokenizers
 
-    settings = {**listen, "replicas": processes, "aliases": stands_for(aliases)}
+    settings = {
+        **listen,
+        "replicas": processes,
+        "aliases": stands_for(aliases),
+        "tokenizers": tokenizers(sources),
+    }
     if policy is not None:
         settings["policy"] = policy
     if processes == 1:

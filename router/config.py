@@ -18,6 +18,7 @@ from router.decisions import DecisionsConfig
 from router.errors import ConfigError
 from router.http.cors import Cors
 from router.http.requests import Limits
+from router.tokenizer_config import TokenizerConfig
 from workers.engine import EngineSpec
 
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -30,9 +31,11 @@ class RouterConfig(BaseModel):
 
     `replicas`: router processes; those on one machine share the port. `shards`: into how many shares the KV
     index is divided; with 1 every process holds all of it, with more it holds what belongs to its requests,
-    and passes others' on (router/shards.py). `aliases`: other names of models, each
-    with the name that engines know. `limits`: of what clients send (router/http/requests.py). `cors`: which
-    web pages may call (router/http/cors.py). `decisions`: what is told of placements (router/decisions.py).
+    and passes others' on (router/shards.py). `tokenizers`: by model, `*` for all others
+    (router/tokenizer_config.py). `allow_kv_transfer_params`: clients may send their own. `aliases`: other
+    names of models, each with the name that engines know. `limits`: of what clients send
+    (router/http/requests.py). `cors`: which web pages may call (router/http/cors.py). `decisions`: what is
+    told of placements (router/decisions.py).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -44,6 +47,8 @@ class RouterConfig(BaseModel):
     replicas: Annotated[int, Field(ge=1)] = 1
     shards: Annotated[int, Field(ge=1)] = 1
     policy: str = "least_requests"
+    tokenizers: dict[Name, TokenizerConfig] = {}
+    allow_kv_transfer_params: bool = False
     aliases: dict[Name, Name] = {}
     limits: Limits = Limits()
     cors: Cors = Cors()
@@ -106,6 +111,13 @@ class FleetConfig(BaseModel):
 
     models: Annotated[list[ModelConfig], Field(min_length=1)]
     router: RouterConfig = RouterConfig()
+
+    @property
+    def tokenizers(self) -> dict[str, TokenizerConfig]:
+        """By model: as the router is told, else as the model's engines are started."""
+        of_engines = {model.name: TokenizerConfig.of_engine(model) for model in self.models}
+        known = {name: config for name, config in of_engines.items() if config is not None}
+        return known | self.router.tokenizers
 
     @model_validator(mode="after")
     def _unique_names(self) -> FleetConfig:

@@ -13,9 +13,9 @@ from collections.abc import Iterable
 from msgspec import structs
 
 from router.admin import Admin
+from router.caches import Caches
 from router.config import RouterConfig
 from router.core.fleet import Fleet
-from router.core.placement import POLICIES
 from router.errors import ListenError
 from router.gossip import Gossip
 from router.health import Endpoint, Watch
@@ -60,24 +60,31 @@ class FrontDoor:
         self.admin_port = config.admin_port
         self.fleet = Fleet()
         self.metrics = Metrics()
-        self._watch = Watch(self.fleet, self.metrics)
+        self._caches = Caches(config, self.fleet, self.metrics)
+        self._watch = Watch(self.fleet, self.metrics, self._caches)
         self._upstreams = Upstreams()
         self._gossip = Gossip(self.fleet, self.metrics, self._contacts)
         self._peer_host = peer_host
         self._met: list[Contact] | None = None
-        policy = POLICIES[config.policy]
         self._relay = Relay(
+            config,
             self.fleet,
-            policy,
             self.metrics,
             self._watch,
+            self._caches,
             self._upstreams,
-            promised,
-            config.aliases,
             self._gossip.placed,
-            config.decisions,
+            promised,
         )
-        self._shards = Shards(self._relay, self._gossip, self.metrics, config.shards, config.aliases)
+        self._shards = Shards(
+            self._relay,
+            self.fleet,
+            self._caches,
+            self._gossip,
+            self.metrics,
+            config.shards,
+            config.aliases,
+        )
         handler = self._relay if config.shards == 1 else self._shards
         self._front = Server(handler, refusal, config.limits, config.cors)
         self._direct = Server(self._relay, refusal, config.limits)
@@ -98,6 +105,7 @@ class FrontDoor:
 
     async def start(self) -> None:
         """Takes a place on the port, and opens the admin port; raises ListenError with one sentence."""
+        await self._caches.start()
         await self._watch.start()
         try:
             rank = await self._place.claim()
@@ -107,6 +115,8 @@ class FrontDoor:
             self.contact = await self._gossip.start(self._peer_host)
             self._place.announce(self.admin_port)
             self._place.introduce(self.contact)
+            if config.shards > 1:
+                self._shards.start()
         except ListenError:
             await self.stop(0)
             raise
@@ -117,6 +127,7 @@ class FrontDoor:
             async with asyncio.timeout(SETTLE_S):
                 while not self._watch.settled:
                     await asyncio.sleep(SETTLE_LOOK_S)
+                await self._caches.tokenizers.settled()
         try:
             await self._place.open()
             if self._config.shards > 1:
@@ -168,5 +179,6 @@ class FrontDoor:
         self._gossip.stop()
         await self._place.leave()
         await self._watch.stop()
+        await self._caches.stop()
         self._upstreams.close()
-        self._shards.close()
+        self._shards.stop()

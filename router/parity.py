@@ -12,7 +12,7 @@ import logging
 import re
 import secrets
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ import httpx
 import msgspec
 from xxhash import xxh3_64_intdigest
 
-from router.canary import Engine, Finding, Render, compare_cache, compare_tokens, conversations
+from router.canary import Engine, Finding, compare_cache, compare_tokens, conversations
 from router.core.blocks import Prompt
 from router.core.fleet import Fleet, Flight, Replica, Trust
 from router.core.trust import CURABLE, WINDOW, Doubt, Record, Response, Verdict, Window
@@ -30,6 +30,7 @@ from router.health import Endpoint, learn
 from router.http.sse import Usage
 from router.metrics import Metrics
 from router.openai_api import Call
+from router.tokenizer import Tokenizers
 
 log = logging.getLogger(__name__)
 
@@ -55,9 +56,6 @@ MEANING = {
     Trust.APPROXIMATE: "only by what was sent there",
     Trust.LOAD: "not at all, requests go there by load",
 }
-
-# Why the router has no tokenizer for a model; None if it has one.
-NoTokenizer = Callable[[str], str | None]
 
 
 @dataclass(slots=True)
@@ -99,16 +97,12 @@ class Subject:
 
 
 class Parity:
-    """Observes every replica. Its verbs return at once; what takes time happens in tasks of its own.
+    """Observes every replica. Its verbs return at once; what takes time happens in tasks of its own."""
 
-    `render`: the router's way from a request to its tokens. `no_tokenizer`: why there is none for a model.
-    """
-
-    def __init__(self, fleet: Fleet, metrics: Metrics, render: Render, no_tokenizer: NoTokenizer) -> None:
+    def __init__(self, fleet: Fleet, metrics: Metrics, tokenizers: Tokenizers) -> None:
         self._fleet = fleet
         self._metrics = metrics
-        self._render = render
-        self._no_tokenizer = no_tokenizer
+        self._tokenizers = tokenizers
         self._subjects: dict[str, Subject] = {}
         self._tasks: dict[str, set[asyncio.Task[object]]] = {}
         self._canaries = asyncio.Semaphore(MAX_CANARIES)
@@ -129,12 +123,15 @@ class Parity:
     # -- replicas come and go
 
     def joined(self, replica: Replica) -> None:
-        """A replica joined the fleet, or is back: its trust is to be proven."""
+        """A replica joined the fleet, or is back: all is to be proven. The tokenizers follow it already."""
         subject = self._subjects.get(replica.id)
         if subject is None:
             subject = self._subjects[replica.id] = Subject(replica)
             self._spawn(subject, self._prove(subject))
-        self._describe(subject, replica)
+        if self._tokenizers.lacking(replica.models[0]) is None:
+            self._describe(subject, replica)
+        else:
+            self._spawn(subject, self._await_tokenizer(subject, replica))
 
     def left(self, replica_id: str) -> None:
         """A replica left the fleet: whatever is under way about it ends."""
@@ -147,6 +144,7 @@ class Parity:
     def restarted(self, replica_id: str) -> None:
         """Its events began anew: the engine is another than the one that was proven."""
         if (subject := self._subjects.get(replica_id)) is not None:
+            subject.record.complete = True
             self._describe(subject, subject.replica)
 
     def doubted(self, replica_id: str, kind: Doubt, reason: str) -> None:
@@ -178,8 +176,14 @@ class Parity:
             return
         if flight.started_at < subject.since:
             return
+        if prompt.token_ids is not None and usage.prompt_tokens not in (0, prompt.num_tokens):
+            counts = (
+                f"its engine counted {usage.prompt_tokens} tokens of a prompt, the router {prompt.num_tokens}"
+            )
+            self._doubt(subject, Doubt.TOKENS_DIFFER, counts)
+            return
         predicted = flight.cached.tokens + flight.cached.slower
-        if usage.prompt_tokens_details is None and not subject.record.reports:
+        if not subject.record.reports:
             self._unreported(subject, predicted, usage.prompt_tokens)
             return
         self._count(subject, predicted, usage.cached_tokens)
@@ -202,10 +206,12 @@ class Parity:
             self._judge(subject, response._replace(keys=keys, held=self._held(subject, prompt)))
 
     def _judge(self, subject: Subject, response: Response) -> None:
+        doubts = subject.record.doubts
         cause = subject.record.judge(response)
         if cause is not None:
             self._metrics.of(subject.replica.models[0]).misses[cause].inc()
-        self._settle(subject)
+        if subject.record.doubts != doubts:
+            self._settle(subject)
 
     def _held(self, subject: Subject, prompt: Prompt) -> int:
         standing, size = self._fleet.get(subject.id), subject.record.block_size
@@ -268,8 +274,14 @@ class Parity:
 
     # -- canaries
 
+    async def _await_tokenizer(self, subject: Subject, replica: Replica) -> None:
+        """Begins when the model's tokenizer has been loaded, or could not be."""
+        await self._tokenizers.settled()
+        self._describe(subject, replica)
+
     async def _prove(self, subject: Subject) -> None:
-        """Sends canaries for as long as they can change something."""
+        """Sends canaries, once the replica is described, for as long as they can change something."""
+        await subject.woken.wait()
         while True:
             subject.woken.clear()
             try:
@@ -310,7 +322,7 @@ class Parity:
     async def _compare(self, subject: Subject) -> Finding | None:
         engine, record = Engine(self._client, subject.replica), subject.record
         for name, call in [*conversations(engine.model), *(("a live request", c) for c in subject.samples)]:
-            prompt = await self._render(call)
+            prompt = await self._tokenizers.prompt(call)
             if prompt.token_ids is None:
                 continue  # the router sends text for these, so nobody relies on its tokens
             finding = await compare_tokens(engine, call, prompt.token_ids)
@@ -322,7 +334,7 @@ class Parity:
         if not subject.replica.prefix_caching:
             return None
         held = None if record.limited else partial(self._held, subject)
-        found = await compare_cache(engine, self._render, held, secrets.token_hex(8))
+        found = await compare_cache(engine, self._tokenizers.prompt, held, secrets.token_hex(8))
         if isinstance(found, Finding):
             if found.kind in CURABLE:
                 return found
@@ -338,7 +350,7 @@ class Parity:
     def _describe(self, subject: Subject, replica: Replica) -> None:
         subject.replica = replica
         subject.silence = None
-        subject.record.described(replica, self._no_tokenizer(replica.models[0]))
+        subject.record.described(replica, self._tokenizers.lacking(replica.models[0]))
         self._settle(subject)
         subject.woken.set()
 

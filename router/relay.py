@@ -22,10 +22,11 @@ import msgspec
 from router import multipart, openai_api, responses_api
 from router.affinity import affinity_key, session
 from router.arrivals import Arrivals
-from router.core.blocks import Prompt
+from router.caches import Caches
+from router.config import RouterConfig
 from router.core.fleet import Fleet, Flight, Replica, View
-from router.core.placement import KEYED, Placement, Policy
-from router.decisions import AS_USUAL, Decision, Decisions, DecisionsConfig
+from router.core.placement import KEYED, POLICIES, PROMPTED, Placement
+from router.decisions import Decision, Decisions
 from router.errors import (
     ApiError,
     ConnectFailed,
@@ -43,6 +44,7 @@ from router.http.upstream import Exchange, Upstreams
 from router.keepers import Keepers
 from router.metrics import Metrics, ModelMetrics
 from router.passage import Passage
+from router.prompts import UNREAD, Reading
 
 log = logging.getLogger(__name__)
 
@@ -60,45 +62,44 @@ class Journey:
     request_id: bytes
     reply: Reply
     metrics: ModelMetrics
-    prompt: Prompt | None = None
+    reading: Reading = UNREAD
     decision: Decision | None = None
     flight: Flight | None = None
     passage: Passage | None = None
 
 
-def unheard(replica_id: str) -> None:
-    """Where no other router is, nobody is told of a placement."""
-
-
 class Relay:
-    """Answers client requests from a fleet; what goes wrong at a replica is told to the watch.
+    """Answers client requests from a fleet.
 
-    `placed` hears at which replica each request is.
+    What goes wrong at a replica is told to `watch`. `placed` hears at which replica each request is.
     """
 
     def __init__(
         self,
+        config: RouterConfig,
         fleet: Fleet,
-        policy: Policy,
         metrics: Metrics,
         watch: Watch,
+        caches: Caches,
         upstreams: Upstreams,
+        placed: Callable[[str], None],
         promised: tuple[str, ...] = (),
-        aliases: openai_api.Aliases = openai_api.NO_ALIASES,
-        placed: Callable[[str], None] = unheard,
-        decisions: DecisionsConfig = AS_USUAL,
     ) -> None:
-        self._placed = placed
+        self._policy = POLICIES[config.policy]
+        self._keyed = self._policy in KEYED
+        self._prompted = self._policy in PROMPTED
+        self._aliases = config.aliases
+        self._allow_transfer = config.allow_kv_transfer_params
         self._fleet = fleet
-        self._policy = policy
-        self._keyed = policy in KEYED
         self._metrics = metrics
         self._watch = watch
-        self._promised = promised
-        self._aliases = aliases
+        self._tokenizers = caches.tokenizers
+        self._parity = caches.parity
         self._upstreams = upstreams
+        self._placed = placed
+        self._promised = promised
         self._keepers = Keepers(fleet, watch)
-        self.decisions = Decisions(policy.__name__, decisions, metrics.decisions)
+        self.decisions = Decisions(config.policy, config.decisions, metrics.decisions)
         self.arrivals = Arrivals()
         self._started = int(time.time())
 
@@ -191,11 +192,13 @@ class Relay:
         content_type = request.header(b"content-type") if family.forms else None
         if content_type is not None and multipart.is_form(content_type):
             return openai_api.parse_form(family, content_type, request.body, self._aliases)
-        return openai_api.parse(family, request.body, self._aliases)
+        return openai_api.parse(family, request.body, self._aliases, allow_transfer=self._allow_transfer)
 
     async def _carry(self, journey: Journey, keeper: str | None) -> None:
         """Tries replicas until one has answered; each is tried once. `keeper`: the only one that can."""
         key = affinity_key(journey.call, journey.request.headers) if self._keyed else None
+        if self._prompted or self.arrivals.wanted(journey.request.received_at):
+            journey.reading = await self._tokenizers.read(journey.call)
         tried: frozenset[str] = frozenset()
         while True:
             decision = journey.decision = self._place(journey, key, keeper, tried)
@@ -218,7 +221,7 @@ class Relay:
         model, now = journey.call.model, asyncio.get_running_loop().time()
         placement: Placement | None
         if keeper is None:
-            view = self._fleet.view(model, getrandbits(64), key, now).without(tried)
+            view = self._fleet.view(model, getrandbits(64), key, now, journey.reading.prompt).without(tried)
             placement = self._policy(view)
         else:
             placement = self._keepers.place(keeper, model, tried)
@@ -236,9 +239,13 @@ class Relay:
         replica = decision.standing.replica
         loop = asyncio.get_running_loop()
         upstream = self._upstreams.at(replica.url)
-        message = upstream_message(journey, replica, upstream.authority)
+        prompt_ids = self._prompt_ids(journey, decision)
+        message = upstream_message(journey, replica, upstream.authority, prompt_ids)
         self._metrics.overhead.observe(loop.time() - journey.request.received_at)
-        journey.flight = self._fleet.started(replica.id, loop.time())
+        call, prompt = journey.call, journey.reading.prompt
+        journey.flight = self._fleet.started(
+            replica.id, loop.time(), prompt, decision.cached, silent=not call.stream
+        )
         self._placed(replica.id)
         decision.ttft_s = journey.flight.forecast.ttft_s
         try:
@@ -249,7 +256,19 @@ class Relay:
             raise
         finally:
             decision.ended(loop.time(), journey.reply.status)
-            self._fleet.finished(journey.flight, loop.time())
+            self._fleet.finished(journey.flight, loop.time(), _stream_tokens(journey))
+
+    def _prompt_ids(self, journey: Journey, decision: Decision) -> bytes | None:
+        """The prompt's token ids if the replica is to get them in place of the text; some are checked."""
+        reading, standing = journey.reading, decision.standing
+        if reading.prompt is None or not reading.sendable or not standing.takes_ids:
+            decision.token_ids = reading.reason or standing.trust_reason
+            return None
+        decision.token_ids = "sent"
+        prompt_ids = reading.prompt.token_ids
+        assert prompt_ids is not None
+        self._parity.sampled(journey.request_id, journey.call, standing.id, prompt_ids)
+        return prompt_ids
 
     async def _pass_on(self, journey: Journey, decision: Decision, exchange: Exchange) -> None:
         call, flight = journey.call, journey.flight
@@ -267,13 +286,15 @@ class Relay:
             await passage.run()
         finally:
             decision.answered(passage.usage, passage.error)
+            if passage.usage is not None:
+                self._parity.reported(flight, journey.reading.prompt, passage.usage)
             if call.family.keeps:
                 self._keepers.learn(passage.response_id, flight.standing.id)
         came_at, now = journey.request.received_at, asyncio.get_running_loop().time()
         journey.metrics.duration.observe(now - came_at)
         if decision.usage is not None and self.arrivals.wanted(now):
             named = session(journey.request.headers)
-            self.arrivals.note(came_at, decision.usage, journey.prompt, named)
+            self.arrivals.note(came_at, decision.usage, journey.reading.prompt, named)
 
     # -- what is noted
 
@@ -317,11 +338,19 @@ def request_id_of(request: Request) -> bytes:
     return os.urandom(16).hex().encode("ascii")
 
 
-def upstream_message(journey: Journey, replica: Replica, authority: bytes) -> bytes:
+def _stream_tokens(journey: Journey) -> int:
+    """How many tokens came one after the other, if that can be told: choices of one request share a count."""
+    usage = journey.passage.usage if journey.passage is not None else None
+    if usage is None or "n" in journey.call.fields:
+        return 0
+    return usage.completion_tokens or 0
+
+
+def upstream_message(journey: Journey, replica: Replica, authority: bytes, prompt_ids: bytes | None) -> bytes:
     """The request as the engine gets it."""
     call, request = journey.call, journey.request
     nameless = call.kept is not None and call.kept.nameless
-    body = call.upstream_body(responses_api.new_id(replica.id) if nameless else None)
+    body = call.upstream_body(responses_api.new_id(replica.id) if nameless else None, prompt_ids)
     return message(request, body, journey.request_id, authority)
 
 

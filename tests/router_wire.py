@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
+from router.caches import Caches
 from router.config import RouterConfig
 from router.core.fleet import Fleet, Replica
 from router.core.placement import least_requests
@@ -100,7 +101,10 @@ def says(*parts: bytes, close: bool = False) -> Script:
     return script
 
 
-MODELS = b'{"data":[{"id":"m","max_model_len":4096},{"id":"lora","max_model_len":null}]}'
+MODELS = (
+    b'{"data":[{"id":"m","max_model_len":4096,"root":"/models/m","parent":null},'
+    b'{"id":"lora","max_model_len":null,"root":"/adapters/lora","parent":"m"}]}'
+)
 VLLM_METRICS = (
     b'# TYPE vllm:cache_config_info gauge\nvllm:cache_config_info{block_size="32",num_gpu_blocks="64"} 1.0\n'
 )
@@ -160,12 +164,16 @@ async def relaying(
         fleet.joined(Replica(id=f"r{i}", url=url, models=(model,), max_model_len=100), now=0.0)
     metrics = Metrics()
     upstreams = Upstreams()
-    relay = Relay(fleet, policy, metrics, Watch(fleet, metrics), upstreams, (), aliases or {}, decisions)
+    config = RouterConfig(policy=policy.__name__, aliases=aliases or {}, decisions=decisions)
+    caches = Caches(config, fleet, metrics)
+    watch = Watch(fleet, metrics, caches)
+    relay = Relay(config, fleet, metrics, watch, caches, upstreams, placed=len)
     async with serving(relay) as (_, port):
         try:
             yield relay, fleet, port
         finally:
             upstreams.close()
+            await caches.tokenizers.stop()
 
 
 @contextlib.asynccontextmanager

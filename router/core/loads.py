@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from router.core.fleet import Load
+from router.core.fleet import NO_LOAD, Load
 
 # A router that says nothing for so long is gone; what it had at replicas ended with its connections.
 SILENT_S = 1.0
@@ -68,11 +68,5 @@ class Loads:
 
     def at(self, replica_id: str) -> Load:
         """What all of them have at a replica."""
-        in_flight, prefill_s, decoding, context = 0, 0.0, 0, 0
-        for peer in self.peers.values():
-            if (load := peer.loads.get(replica_id)) is not None:
-                in_flight += load.in_flight
-                prefill_s += load.prefill_s
-                decoding += load.decoding
-                context += load.context
-        return Load(in_flight, prefill_s, decoding, context)
+        told = (peer.loads.get(replica_id) for peer in self.peers.values())
+        return sum((load for load in told if load is not None), NO_LOAD)

@@ -24,8 +24,14 @@ from router.core.fleet import NOTHING_CACHED, Cached, Forecast, Standing, View
 # sends 22 % away from their home, 1.5 sends 9 %.
 BALANCE = 1.5
 
-# A second that a stream waits between two tokens, in seconds of waiting for a first one.
-HARM = 0.1
+# kv_aware's weights, found in the twin (`scripts/bench placement`; docs/placement.md tells how). So many of a
+# stream's tokens are waited for as its first one is.
+STREAM_TOKENS = 100
+# A second that a stream waits between two tokens, by the seconds that it waits there anyhow: streams that are
+# slow already are close to being too slow.
+HARM = 5.0
+# A second of prefill where half of all time is prefill: what it takes from those who are yet to come.
+CROWDING = 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +126,7 @@ def kv_aware(view: View) -> Placement | None:
     forecasts = tuple(
         [s.forecast(view.num_tokens, had(s.id, NOTHING_CACHED), view.now) for s in view.replicas]
     )
-    costs = tuple([_cost(s, f) for s, f in zip(view.replicas, forecasts, strict=True)])
+    costs = tuple([_cost(forecast) for forecast in forecasts])
     least = min(costs)
     cheapest = [place for place, cost in enumerate(costs) if cost == least]
     chosen = view.replicas[cheapest[view.turn % len(cheapest)]]
@@ -129,9 +135,11 @@ def kv_aware(view: View) -> Placement | None:
     return Placement(chosen, told, cached, costs, forecasts)
 
 
-def _cost(standing: Standing, forecast: Forecast) -> float:
-    """Seconds until the first token, and the seconds that those who decode there wait for its prefill."""
-    return forecast.ttft_s + HARM * forecast.prefill_s * (standing.decoding + standing.elsewhere.decoding)
+def _cost(forecast: Forecast) -> float:
+    """In seconds: the wait for the first token, how slowly others follow, what its prefill does to others."""
+    busy, pace = forecast.busy, forecast.pace_s
+    price = HARM * forecast.decoding * pace + CROWDING * busy / (1 - busy)
+    return forecast.ttft_s + STREAM_TOKENS * pace + price * forecast.prefill_s
 
 
 POLICIES: Mapping[str, Policy] = MappingProxyType(

@@ -68,6 +68,7 @@ RETRY_S, LONGEST_RETRY_S = 1.0, 300.0
 # Right predictions in a row of which the earlier demotions are forgiven.
 FORGIVEN = 1000
 PROVEN = "its tokens, its events and what it reports agree with the router"
+NO_CANARY = "no canary has passed yet"
 UNVERIFIED = "its tokens and its events agree with the router; it does not report cached tokens"
 
 
@@ -202,8 +203,9 @@ class Departures:
 class Record:
     """All that speaks for and against one replica.
 
-    `block_size`: tokens, 0 where its keys are of text. `complete`: its events were heard from its start.
-    `reports`: it says how much was cached; None until it answered. `doubts`: how many there were so far.
+    `block_size`: tokens, 0 where its keys are of text. `complete`: the index has all that its events told
+    since its start. `reports`: it says how much was cached; None until it answered. `doubts`: how many there
+    were so far.
     """
 
     block_size: int = 0
@@ -211,7 +213,7 @@ class Record:
     reports: bool | None = None
     doubts: int = 0
     departures: Departures = field(default_factory=Departures)
-    _doubts: dict[Doubt, str] = field(default_factory=dict)
+    _doubts: dict[Doubt, str] = field(default_factory=lambda: {Doubt.UNPROVEN: NO_CANARY})
     _setbacks: int = 0
     _failures: int = 0
     _clean: int = 0
@@ -226,9 +228,9 @@ class Record:
         """
         self.doubts += 1
         self._doubts = _limits(replica, no_tokenizer)
-        self._doubts[Doubt.UNPROVEN] = "no canary has passed yet"
+        self._doubts[Doubt.UNPROVEN] = NO_CANARY
         self.block_size = 0 if no_tokenizer else replica.block_size or 0
-        self.complete, self.reports = True, None
+        self.reports = None
         self._clean = self._failures = self._suspicion = 0
         self._needed = 1
 
@@ -270,6 +272,8 @@ class Record:
             self._failures += 1
         if kind is not Doubt.UNPROVEN:
             self._needed = CONFIRMATIONS
+        if kind is Doubt.EVENTS_LOST:
+            self.complete = False
         self.doubts += 1
         self._doubts[kind] = reason
         self._clean = self._suspicion = self._right = 0

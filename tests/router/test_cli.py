@@ -76,6 +76,12 @@ def test_status_is_quick(tmp_path: Path) -> None:
             1,
             "--model-alias: 'a' is given twice",
         ),
+        (("route", "--worker-urls", "http://h:1", "--tokenizer", "m="), 1, "--tokenizer: 'm=' is not of the"),
+        (
+            ("route", "--worker-urls", "http://h:1", "--tokenizer", "/a", "--tokenizer", "/b"),
+            1,
+            "--tokenizer: that of all models is given twice",
+        ),
         (
             ("route", "--worker-urls", "http://h:1", "--model-alias", "a=b", "--model-alias", "b=c"),
             1,

@@ -74,6 +74,9 @@ async def test_the_admin_port_tells_the_fleet():
             "ready",
         )
         assert (replica["block_size"], replica["finished"], replica["in_flight"]) == (32, 1, 0)
+        assert replica["trust"] in ("exact", "approximate", "load")
+        assert replica["trust_reason"]
+        assert replica["takes_token_ids"] is False
         targets = json.loads((await get(front.admin_port, "/targets"))[2])
         assert targets == [
             {

@@ -10,16 +10,15 @@ from dataclasses import dataclass
 from random import Random
 
 import httpx
-import msgspec
 import pytest
 import zmq
 import zmq.asyncio
+from prometheus_client import generate_latest
 from router_wire import WAIT_S, until
 from support import Running, Start, eventually, free_ports
 from xxhash import xxh3_64_intdigest
 
 from router.canary import CHAT, request
-from router.core.blocks import Prompt
 from router.core.fleet import Fleet, Trust
 from router.core.kv_events import decode_batch
 from router.core.trust import Cause, Doubt
@@ -27,11 +26,12 @@ from router.health import Endpoint, learn
 from router.http.sse import usage_of
 from router.metrics import Metrics
 from router.parity import SAMPLE_EVERY, Parity
+from router.tokenizer import Tokenizers
+from router.tokenizer_config import TokenizerConfig
 from workers import demo_model
-from workers.simulated.tokenizer import Tokenizer
 
 MODEL = demo_model.NAME
-TOKENIZER = Tokenizer(demo_model.tokenizer_dir())
+DEMO = {MODEL: TokenizerConfig(source="demo")}
 
 
 @dataclass
@@ -71,27 +71,20 @@ class Engine:
 class Bench:
     """One replica, its feed and its parity, and what a relay does with a request."""
 
-    def __init__(self, engine, no_tokenizer=None):
-        self.engine, self.no_tokenizer = engine, no_tokenizer
+    def __init__(self, engine, tokenizers):
+        self.engine = engine
         self.fleet, self.metrics = Fleet(), Metrics()
-        self.parity = Parity(self.fleet, self.metrics, self.render, lambda model: no_tokenizer)
+        self.tokenizers = Tokenizers(tokenizers)
+        self.parity = Parity(self.fleet, self.metrics, self.tokenizers)
         self.asked = 0
-
-    async def render(self, call):
-        if self.no_tokenizer:
-            return Prompt(0)
-        body = {name: msgspec.json.decode(raw) for name, raw in call.fields.items()}
-        if "messages" in body:
-            text = TOKENIZER.render(body["messages"], tools=body.get("tools"))
-        else:
-            text = body["prompt"]
-        ids = TOKENIZER.encode(text, add_special_tokens="messages" not in body)
-        return Prompt(len(ids), b"".join(i.to_bytes(4, "little") for i in ids))
+        self.begun = []
 
     async def join(self):
         self.client = httpx.AsyncClient(trust_env=False, timeout=WAIT_S)
         await self.parity.start()
+        self.tokenizers.start()
         replica = await learn(self.client, Endpoint("r", self.engine.url))
+        self.tokenizers.follow(replica)
         self.fleet.joined(replica, self.now)
         self.feed = asyncio.create_task(self.follow(replica))
         self.parity.joined(replica)
@@ -99,6 +92,7 @@ class Bench:
     async def leave(self):
         self.parity.left("r")
         await self.parity.stop()
+        await self.tokenizers.stop()
         self.feed.cancel()
         await self.client.aclose()
 
@@ -132,6 +126,12 @@ class Bench:
         return self.standing.trust
 
     @property
+    def demotions(self):
+        """How often it was not EXACT any more."""
+        changes = self.metrics.of(MODEL).trust_changes
+        return sum(int(changes[kind].value) for kind in changes if kind is not None) - 1
+
+    @property
     def misses(self):
         counters = self.metrics.of(MODEL).misses
         return {cause: int(counters[cause].value) for cause in Cause if counters[cause].value}
@@ -140,7 +140,7 @@ class Bench:
         """One request, placed and followed as the relay does it."""
         body = {"model": MODEL, "messages": messages, "max_tokens": 1}
         call = request(CHAT, body)
-        prompt = await self.render(call)
+        prompt = (await self.tokenizers.read(call)).prompt
         cached = self.fleet.view(MODEL, now=self.now, prompt=prompt).cached.get("r", ())
         flight = self.fleet.started("r", self.now, prompt, *([cached] if cached else []))
         self.asked += 1
@@ -159,8 +159,8 @@ def engine(start):
 
 
 @contextlib.asynccontextmanager
-async def bench(engine, **options):
-    it = Bench(engine, **options)
+async def bench(engine, tokenizers=DEMO):
+    it = Bench(engine, tokenizers)
     await it.join()
     try:
         yield it
@@ -174,12 +174,11 @@ async def exact(it):
 
 async def converse(it, count):
     """So many requests, of conversations that grow by turns."""
-    random = Random(it.asked)
-    begun = []
+    random, begun = Random(it.asked), it.begun
     for _ in range(count):
         if len(begun) < 3 or random.random() < 0.2:
             begun.append([{"role": "system", "content": f"Herd {random.random()} " * 20}])
-        messages = random.choice(begun)
+        messages = random.choice(begun[-5:])
         messages += [{"role": "user", "content": f"How many {random.random()}?"}]
         await it.ask(messages)
         messages += [{"role": "assistant", "content": "Few."}]
@@ -188,7 +187,7 @@ async def converse(it, count):
 async def test_a_newcomer_is_proven_and_its_cache_known(engine):
     engine.run()
     async with bench(engine) as it:
-        assert it.trust is Trust.APPROXIMATE
+        assert it.trust is not Trust.EXACT
         await exact(it)
         assert it.standing.takes_ids
         await converse(it, 60)
@@ -197,6 +196,15 @@ async def test_a_newcomer_is_proven_and_its_cache_known(engine):
         # Now and then a request comes before the events of the one before it.
         assert metrics.predicted_cached.value == pytest.approx(metrics.reported_cached.value, rel=0.05)
         assert it.misses.keys() <= {Cause.LATE}
+        it.metrics.observe(it.fleet, (), it.now)
+        told = generate_latest(it.metrics.registry).decode().splitlines()
+        of = f'model="{MODEL}",replica="r"'
+        assert f'herd_replica_trust{{{of},state="exact"}} 1.0' in told
+        assert f'herd_replica_trust{{{of},state="load"}} 0.0' in told
+        assert f'herd_trust_changes_total{{model="{MODEL}",reason="proven",to="exact"}} 1.0' in told
+        assert (
+            f'herd_trust_changes_total{{model="{MODEL}",reason="tokens_differ",to="approximate"}} 0.0' in told
+        )
         assert it.trust is Trust.EXACT
 
 
@@ -217,11 +225,12 @@ async def test_what_an_engine_lacks_lowers_the_trust_and_not_the_service(
         await converse(it, 5)
 
 
-async def test_without_a_tokenizer_keys_are_of_text(engine):
+async def test_without_a_tokenizer_keys_are_of_text(engine, tmp_path):
     engine.run()
-    async with bench(engine, no_tokenizer="the model's tokenizer is not here") as it:
-        await until(lambda: it.standing.trust_reason == "the model's tokenizer is not here")
+    async with bench(engine, {MODEL: TokenizerConfig(source=str(tmp_path))}) as it:
+        await until(lambda: "cannot be loaded" in it.standing.trust_reason)
         assert (it.trust, it.standing.key_blocks, it.standing.takes_ids) == (Trust.APPROXIMATE, 0, False)
+        await converse(it, 5)
 
 
 async def test_an_engine_that_reports_nothing_is_checked_by_its_counters(engine):
@@ -314,7 +323,7 @@ async def test_another_block_size_after_a_restart(engine):
         engine.running.kill()
         engine.run("--block-size", "32")
         await converse(it, 50)
-        await until(lambda: it.trust is not Trust.EXACT)
+        await until(lambda: it.demotions > 0)
         await exact(it)
         assert it.standing.key_blocks == 32
 
@@ -327,7 +336,7 @@ async def test_an_engine_restarted_with_an_empty_cache(engine):
         engine.running.kill()
         engine.run()
         await converse(it, 50)
-        await until(lambda: it.trust is not Trust.EXACT)
+        await until(lambda: it.demotions > 0)
         await exact(it)
         await converse(it, 40)
         assert it.trust is Trust.EXACT

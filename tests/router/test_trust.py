@@ -150,6 +150,15 @@ def test_a_restarted_engine_is_a_newcomer():
     assert it.verdict.trust is Trust.EXACT
 
 
+def test_after_lost_events_what_was_there_before_is_held_against_nobody():
+    it = exact()
+    it.doubt(Doubt.EVENTS_LOST, "three of its events are gone")
+    for _ in range(CONFIRMATIONS):
+        it.canary_passed()
+    assert fed([Response(0, 64)] * 60, it) is None
+    assert fed([UNEXPLAINED] * 9, it) == 5
+
+
 def test_who_reports_nothing_is_called_unverified():
     it = exact()
     it.reports = False
@@ -210,9 +219,9 @@ EXPLAINED = {
 UNEXPLAINED, RIGHT, NOTHING = Response(64, 0), Response(64, 64), Response(0, 0)
 
 
-def fed(responses):
+def fed(responses, it=None):
     """How many predictions it took to lose EXACT; None if it did not."""
-    it = exact()
+    it = it or exact()
     it.departures.note([1], 1.0)
     for number, response in enumerate(responses, 1):
         it.judge(response)
