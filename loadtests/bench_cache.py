@@ -87,7 +87,7 @@ class Plan:
     rounds: int
 
 
-def competitors(tokenizer: Path) -> list[Contender]:
+def competitors() -> list[Contender]:
     """Herd by three policies, and its peers that are installed by their best for prefixes."""
     ours = [
         Contender("herd kv_aware", herd("kv_aware")),
@@ -263,7 +263,7 @@ def main(
     if peers:
         install_peers()
     directory = demo_model.tokenizer_dir() if model == DEMO else Path(model)
-    these, _ = chosen(competitors(directory), routers, also)
+    these, _ = chosen(competitors(), routers, also)
     plan, cores = Plan(LOADS[load], seconds, rounds), Cores.of_machine()
     found, ceiling = run_bench(bench(plan, these, model, Oracle(directory), cores), cores)
     if json_file:

@@ -75,12 +75,9 @@ class Running:
         return self.log.read_text(errors="replace")[-2000:]
 
 
-def herd(policy: str | None = None, tokenizer: Path | None = None) -> Start:
+def herd(policy: str | None = None) -> Start:
     """`herd route` from the environment that runs this."""
-    flags = [
-        *(("--policy", policy) if policy else ()),
-        *(("--tokenizer", str(tokenizer)) if tokenizer else ()),
-    ]
+    flags = ("--policy", policy) if policy else ()
 
     def start(urls: list[str], ports: Ports, scratch: Path) -> list[str]:
         command = [str(Path(sys.executable).with_name("herd")), "route", *flags]
