@@ -56,16 +56,18 @@ def _pool(model: ModelConfig) -> Application:
 def _router(fleet: FleetConfig) -> Application:
     pools = [_pool(model) for model in fleet.models]
     models = [model.name for model in fleet.models]
+    config = fleet.router.model_copy(update={"tokenizers": fleet.tokenizers})
     return serve.deployment(
         deployment.Router,
         name="Router",
         num_replicas=fleet.router.replicas,
         ray_actor_options={"num_cpus": 0},
+        request_router_config=RequestRouterConfig(request_router_class="router.membership:Peers"),
         graceful_shutdown_timeout_s=deployment.DRAIN_S + 30,
         **HEALTH_CHECKS,
         **LEAVE,
         **STARTS,
-    ).bind(fleet.router.model_dump(), models, *pools)
+    ).bind(config.model_dump(), models, *pools)
 
 
 def deployment_name(model: ModelConfig) -> str:

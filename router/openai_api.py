@@ -14,13 +14,16 @@ from typing import Any
 
 import msgspec
 
-from router import anthropic_api, multipart, responses_api
+from router import anthropic_api, multipart, responses_api, token_ids
 from router.core.fleet import Standing
 from router.errors import ApiError, BadRequest
 from router.http.event_watch import CHUNKS, UNKNOWN, Ending
 from router.http.sse import EventStream, Usage, usage_of
 
 Fields = dict[str, msgspec.Raw]
+# What tells an engine to take KV blocks, or the prompt itself, from elsewhere. A prompt is what vLLM looks
+# for in chats, messages and responses.
+TRANSFER = "kv_transfer_params"
 Aliases = Mapping[str, str]
 
 
@@ -51,6 +54,15 @@ def _told_usage(events: EventStream) -> Usage | None:
     return events.usage
 
 
+def _ids_in_chat(ids: bytes) -> Fields:
+    """With these vLLM renders no messages, but still checks them (online_renderer.py, preprocess_chat)."""
+    return {TRANSFER: msgspec.Raw(b'{"prompt_token_ids":%b}' % token_ids.to_json(ids))}
+
+
+def _ids_in_completion(ids: bytes) -> Fields:
+    return {"prompt": msgspec.Raw(token_ids.to_json(ids))}
+
+
 @dataclass(frozen=True, slots=True)
 class Family:
     """One kind of request: where it is served, and how its replies and errors are written.
@@ -58,6 +70,7 @@ class Family:
     `path`: as metrics name it. `tokens`: its replies carry token ids, its streams are chunks of tokens.
     `forms`: a form is taken too. `keeps`: its replies are stored, and go on from what is stored. What is told
     of a stream is read from what read it: an `EventStream` where there are tokens, else an `EventWatch`.
+    `sent_ids`: the members that give the engine its prompt as token ids; None where none are sent.
     """
 
     path: str
@@ -71,6 +84,7 @@ class Family:
     streamed_usage: Callable[[Any], Usage | None] = _nothing
     id_of: Callable[[bytes], str | None] = _nothing
     streamed_id: Callable[[Any], str | None] = _nothing
+    sent_ids: Callable[[bytes], Fields] | None = None
 
 
 def _messages(path: str) -> Family:
@@ -102,8 +116,8 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         family.path: family
         for family in (
-            Family("/v1/chat/completions", tokens=True, streamed_usage=_told_usage),
-            Family("/v1/completions", tokens=True, streamed_usage=_told_usage),
+            Family("/v1/chat/completions", tokens=True, streamed_usage=_told_usage, sent_ids=_ids_in_chat),
+            Family("/v1/completions", tokens=True, streamed_usage=_told_usage, sent_ids=_ids_in_completion),
             _responses("/v1/responses", keeps=True),
             _messages("/v1/messages"),
             _messages("/v1/messages/count_tokens"),
@@ -188,12 +202,15 @@ class Call:
         """Whether its reply is a stream of chunks that the router reads along."""
         return self.stream and self.family.tokens
 
-    def upstream_body(self, response_id: str | None = None) -> bytes:
+    def upstream_body(self, response_id: str | None = None, prompt_ids: bytes | None = None) -> bytes:
         """The body for the engine: as it came, but streams are asked for token ids and usage too.
 
-        `response_id`: the id for the reply that is stored.
+        `response_id`: the id for the reply that is stored. `prompt_ids`: token ids (little-endian uint32) in
+        place of the prompt, for families that take them.
         """
         fields = self.fields
+        if prompt_ids is not None and self.family.sent_ids is not None:
+            fields = {**fields, **self.family.sent_ids(prompt_ids)}
         if response_id is not None:
             fields = {**fields, "request_id": _raw(response_id)}
         if self.transformed and not (self.wants_ids and self.wants_usage):
@@ -214,8 +231,14 @@ _FLAG = msgspec.json.Decoder(bool | None)
 NO_ALIASES: Aliases = MappingProxyType({})
 
 
-def parse(family: Family, body: bytes, aliases: Aliases = NO_ALIASES) -> Call:
-    """Reads what the router must know of a JSON request; raises BadRequest, naming the field."""
+def parse(
+    family: Family, body: bytes, aliases: Aliases = NO_ALIASES, *, allow_transfer: bool = False
+) -> Call:
+    """Reads what the router must know of a JSON request; raises BadRequest, naming the field.
+
+    Unless `allow_transfer`, a client's own kv_transfer_params are dropped: with them it could have an engine
+    read another prompt than the router knows.
+    """
     try:
         fields = _decode_fields(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -224,9 +247,12 @@ def parse(family: Family, body: bytes, aliases: Aliases = NO_ALIASES) -> Call:
     model = _member(fields, "model", _TEXT)
     if not model:
         raise BadRequest("The field 'model' is required", param="model")
+    changed = not allow_transfer and fields.pop(TRANSFER, None) is not None
     if model in aliases:
         model = aliases[model]
         fields["model"] = _raw(model)
+        changed = True
+    if changed:
         body = msgspec.json.encode(fields)
     return Call(
         family=family,

@@ -225,6 +225,11 @@ class KVIndex:
             return list(self._with_slower(keys, parted))
         return [Held(bits, depth, 0) for depth, bits in parted if depth]
 
+    def told(self, keys: Keys, bit: int) -> int:
+        """How many of these blocks, from the first, the replica's events told of, on whatever tier."""
+        bits = bit * (ALL >> 1)
+        return next((place for place, key in enumerate(keys) if not self._held(key) & bits), len(keys))
+
     def _at_hand(self, keys: Keys, among: int) -> list[tuple[int, int]]:
         """Behind how many blocks which replicas lack the next, in order."""
         young, count, promised = self._young, self._count, self._promised

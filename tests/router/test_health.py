@@ -19,6 +19,7 @@ async def learnt(pages):
 async def test_an_engine_tells_all_that_is_needed():
     it, replica = await learnt(VLLM_PAGES)
     assert (replica.id, replica.engine, replica.models) == ("r", "vllm", ("m", "lora"))
+    assert (replica.root, replica.adapters) == ("/models/m", {"lora"})
     assert (replica.block_size, replica.max_model_len) == (32, 4096)
     assert replica.kv_events == "tcp://127.0.0.1:5557"
     assert replica.kv_replay == "tcp://127.0.0.1:5558"
@@ -28,6 +29,18 @@ async def test_an_engine_tells_all_that_is_needed():
 async def test_an_engine_without_events_or_metrics_is_taken_too():
     _, replica = await learnt({b"/v1/models": reply(MODELS)})
     assert (replica.block_size, replica.kv_events, replica.kv_replay) == (None, None, None)
+
+
+async def test_an_engine_without_prefix_cache_or_with_several_says_so():
+    told = b'vllm:cache_config_info{block_size="16",enable_prefix_caching="%s",engine="%d"} 1.0\n'
+    metrics = b"# TYPE vllm:cache_config_info gauge\n" + told % (b"False", 0) + told % (b"False", 1)
+    _, replica = await learnt({**VLLM_PAGES, b"/metrics": reply(metrics, content_type="text/plain")})
+    assert (replica.prefix_caching, replica.ranks) == (False, 2)
+    _, replica = await learnt(VLLM_PAGES)
+    assert (replica.prefix_caching, replica.ranks) == (True, 1)
+    ranks = reply(b'{"0":{"endpoint":"tcp://*:5557"},"1":{"endpoint":"tcp://*:5558"}}')
+    _, replica = await learnt({**VLLM_PAGES, b"/kv_event_sources": ranks})
+    assert (replica.kv_events, replica.ranks) == ("tcp://127.0.0.1:5557", 2)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -18,7 +19,7 @@ from engine_wire import MODEL, RunningEngine, StartSimulated, events_of, shape, 
 from support import ROOT, Start, eventually, free_port, get, processes, simulated_engine
 
 from workers import demo_model
-from workers.simulated.tokenizer import Tokenizer
+from workers.tokenizer import Tokenizer
 
 CHAT = "/v1/chat/completions"
 
@@ -203,6 +204,25 @@ def test_lost_kv_events_leave_a_gap_that_replay_fills(simulated: StartSimulated)
         assert before + 1 in events.replay(before + 1)
 
 
+def rendered(engine: RunningEngine) -> list[int]:
+    return engine.post("/tokenize", {"messages": chat()["messages"]}).json()["tokens"]
+
+
+def test_a_chat_template_changes_prompts_by_flag_and_by_fault(
+    simulated: StartSimulated, tmp_path: Path
+) -> None:
+    (tmp_path / "bare.jinja").write_text("{% for message in messages %}{{ message.content }}{% endfor %}")
+    engine = simulated(speed=50)
+    usual = rendered(engine)
+    bare = rendered(simulated(speed=50, chat_template=str(tmp_path / "bare.jinja")))
+    plain = {"prompt": "hello", "add_special_tokens": False}
+    assert bare == engine.post("/tokenize", plain).json()["tokens"]
+    fault(engine, kind="template", times=2)
+    assert rendered(engine)[-len(usual) :] == usual
+    assert engine.post(CHAT, chat()).json()["usage"]["prompt_tokens"] > len(usual)
+    assert rendered(engine) == usual
+
+
 @pytest.mark.parametrize(
     "body", [{"kind": "explode"}, {"kind": "slow", "factor": 0}, {"kind": "hang", "after": 1}, {}]
 )
@@ -245,6 +265,7 @@ def raw(*argv: str) -> subprocess.CompletedProcess[str]:
         (["--kv-events-config", '{"nope": 1}'], "nope"),
         (["--max-model-len", "9000", "--num-gpu-blocks-override", "64"], "does not fit into the KV cache"),
         (["--model", "/nonexistent"], "holds no tokenizer.json"),
+        (["--chat-template", "/nonexistent"], "chat template /nonexistent is no file"),
     ],
 )
 def test_a_bad_flag_ends_with_one_sentence(argv: list[str], message: str) -> None:

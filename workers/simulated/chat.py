@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+from workers.chat_messages import template_variables
 from workers.simulated.grammar import (
     Arguments,
     CallOpened,
@@ -19,10 +20,11 @@ from workers.simulated.requests import (
     NamedTool,
     check_tools,
     forwarded_token_ids,
+    given,
     openai_sampling,
 )
 from workers.simulated.service import DONE, Identity, Service, event, usage
-from workers.simulated.tokenizer import Tokenizer
+from workers.tokenizer import Tokenizer
 
 
 async def start(service: Service, request: ChatRequest, header: str | None) -> "ChatAnswer":
@@ -45,16 +47,15 @@ async def _prompt(service: Service, request: ChatRequest) -> list[int]:
     if forwarded is not None:
         service.check_length(forwarded)
         return forwarded
-    tools = [tool.for_template() for tool in request.tools or ()] or None
     return await service.chat_prompt(
         request.messages,
-        tools,
+        given(request.tools),
         add_special_tokens=request.add_special_tokens,
         template=request.chat_template,
-        add_generation_prompt=request.add_generation_prompt and not request.continue_final_message,
+        add_generation_prompt=request.add_generation_prompt,
         continue_final_message=request.continue_final_message,
-        **({"documents": request.documents} if request.documents else {}),
-        **(request.chat_template_kwargs or {}),
+        documents=request.documents,
+        variables=template_variables(request.chat_template_kwargs or {}, request.reasoning_effort),
     )
 
 

@@ -1,9 +1,12 @@
 """Errors as vLLM words them: one exception, and the bodies it becomes."""
 
+import contextlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from http import HTTPStatus
 from typing import Any
+
+from workers.chat_messages import Unrenderable
 
 # vLLM reports at most this many validation errors, and this much of what was wrong (validation.py).
 MAX_REPORTED_ERRORS = 10
@@ -42,6 +45,15 @@ class ApiError(Exception):
     def event(self) -> bytes:
         """The event that ends an OpenAI stream; vLLM writes it with json.dumps, spaces and all."""
         return f"data: {json.dumps(self.body)}\n\n".encode()
+
+
+@contextlib.contextmanager
+def of_prompts() -> Iterator[None]:
+    """Requests that no prompt can be made of are refused."""
+    try:
+        yield
+    except Unrenderable as error:
+        raise ApiError(str(error)) from error
 
 
 def invalid(message: str, param: str, value: object = None) -> ApiError:

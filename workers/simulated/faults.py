@@ -8,7 +8,7 @@ from typing import Literal
 
 import msgspec
 
-Kind = Literal["die", "hang", "status", "error_event", "cut", "slow", "drop_kv_events"]
+Kind = Literal["die", "hang", "status", "error_event", "cut", "slow", "drop_kv_events", "template"]
 
 
 class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -17,7 +17,7 @@ class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     die: kill the process, as SIGKILL does. hang: answer nothing, /health included. status: refuse
     generation requests. error_event: end a stream as vLLM does when its engine core dies. cut: close the
     connection in the middle of a stream. slow: stretch every step. drop_kv_events: lose batches of KV
-    events on the wire (they can be replayed).
+    events on the wire (they can be replayed). template: render chats as another chat template would.
     """
 
     kind: Kind
@@ -27,7 +27,7 @@ class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     after_chunks: int = 0
     """die, hang, error_event, cut: strike when this many chunks of one stream have been sent."""
     times: int | None = 1
-    """status, error_event, cut, drop_kv_events: how often; null for ever."""
+    """status, error_event, cut, drop_kv_events, template: how often; null for ever."""
     duration_s: float | None = None
     """hang, slow: when it is over by itself; null never."""
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import xxhash
 
 from workers.simulated.kv_cache import ROOT_KEY, chain_key
-from workers.simulated.tokenizer import Tokenizer
+from workers.tokenizer import Tokenizer
 
 # One token in this many ends the text: outputs without a limit are 500 tokens long on average.
 EOS_ONE_IN = 500

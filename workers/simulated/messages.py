@@ -1,16 +1,16 @@
 """POST /v1/messages and /v1/messages/count_tokens: Anthropic's form of a chat."""
 
 import json
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+from workers.dialects import chat_of_messages, tools_of_messages
 from workers.simulated import errors
 from workers.simulated.grammar import Arguments, CallOpened, Forced, Part, Said, ToolReader, forced_call
 from workers.simulated.live import Delta, Generation, Sampling
 from workers.simulated.requests import (
     CountTokensRequest,
     MessagesRequest,
-    Tool,
     check_temperature,
     forwarded_token_ids,
     output_limit,
@@ -24,14 +24,13 @@ async def start(service: Service, request: MessagesRequest, header: str | None) 
     service.check_model(request.model)
     service.live.check_admission(1)
     check_temperature(request)
-    tools = _tools(request.tools)
-    prompt = await _prompt(service, request, tools)
+    prompt = await _prompt(service, request)
     sampling = Sampling(
         max_tokens=output_limit(request.max_tokens, len(prompt), service.max_model_len),
         stop=stop_strings(request.stop_sequences),
         cache_salt=request.cache_salt,
     )
-    forced = _forced(request, tools, prompt)
+    forced = _forced(request, prompt)
     script = None if forced is None else service.tokenizer.encode(forced.text, add_special_tokens=False)
     identity = service.identity("chatcmpl", header)  # vLLM answers messages through its chat
     generation = service.live.generate(identity.id, [prompt], sampling, script)
@@ -41,91 +40,24 @@ async def start(service: Service, request: MessagesRequest, header: str | None) 
 async def count_tokens(service: Service, request: CountTokensRequest) -> dict[str, Any]:
     """How long the prompt of these messages would be."""
     service.check_model(request.model)
-    count = len(await _prompt(service, request, _tools(request.tools)))
+    count = len(await _prompt(service, request))
     return {"input_tokens": count, "context_management": {"original_input_tokens": count}}
 
 
-async def _prompt(
-    service: Service, request: MessagesRequest | CountTokensRequest, tools: Sequence[Tool]
-) -> list[int]:
+async def _prompt(service: Service, request: MessagesRequest | CountTokensRequest) -> list[int]:
     params = request.kv_transfer_params if isinstance(request, MessagesRequest) else None
     forwarded = forwarded_token_ids(params, request.messages, service.tokenizer.vocab_size)
     if forwarded is not None:
         service.check_length(forwarded)
         return forwarded
-    messages = chat_messages(request.system, request.messages)
-    return await service.chat_prompt(messages, [tool.for_template() for tool in tools] or None)
+    with errors.of_prompts():
+        messages = chat_of_messages(request.system, request.messages)
+        tools = tools_of_messages(request.tools)
+    return await service.chat_prompt(messages, tools)
 
 
-def chat_messages(
-    system: str | Sequence[Mapping[str, Any]] | None, messages: Sequence[Mapping[str, Any]]
-) -> list[dict[str, Any]]:
-    """Anthropic messages as chat messages."""
-    chat: list[dict[str, Any]] = []
-    if system:
-        text = system if isinstance(system, str) else "".join(b.get("text", "") for b in system)
-        chat.append({"role": "system", "content": text})
-    for message in messages:
-        content = message.get("content")
-        if isinstance(content, str):
-            chat.append({"role": message["role"], "content": content})
-        else:
-            chat += _from_blocks(message["role"], content or ())
-    return chat
-
-
-def _from_blocks(role: str, blocks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One message of content blocks; each tool result becomes a message of its own."""
-    texts: list[dict[str, Any]] = []
-    calls: list[dict[str, Any]] = []
-    results: list[dict[str, Any]] = []
-    for block in blocks:
-        match block.get("type"):
-            case "text":
-                texts.append({"type": "text", "text": block.get("text", "")})
-            case "tool_use":
-                function = {"name": block.get("name"), "arguments": json.dumps(block.get("input") or {})}
-                calls.append({"id": block.get("id"), "type": "function", "function": function})
-            case "tool_result":
-                results.append(
-                    {
-                        "role": "tool",
-                        "tool_call_id": block.get("tool_use_id", ""),
-                        "content": _result_text(block.get("content")),
-                    }
-                )
-    message: dict[str, Any] = {"role": role}
-    if texts:
-        message["content"] = texts[0]["text"] if len(texts) == 1 else texts
-    if calls:
-        message["tool_calls"] = calls
-    return results + ([message] if texts or calls else [])
-
-
-def _result_text(content: object) -> str:
-    if isinstance(content, list):
-        return "\n".join(part.get("text", "") for part in content if part.get("type") == "text")
-    return str(content or "")
-
-
-def _tools(tools: Sequence[Mapping[str, Any]] | None) -> list[Tool]:
-    return [
-        Tool.model_validate(
-            {
-                "function": {
-                    "name": tool.get("name"),
-                    "description": tool.get("description"),
-                    "parameters": tool.get("input_schema"),
-                    "strict": tool.get("strict"),
-                }
-            }
-        )
-        for tool in tools or ()
-    ]
-
-
-def _forced(request: MessagesRequest, tools: Sequence[Tool], prompt: Sequence[int]) -> Forced | None:
-    functions = [tool.function.model_dump() for tool in tools]
+def _forced(request: MessagesRequest, prompt: Sequence[int]) -> Forced | None:
+    functions = [tool["function"] for tool in tools_of_messages(request.tools) or ()]
     choice = request.tool_choice or {}
     if not functions or choice.get("type") not in ("any", "tool"):
         return None

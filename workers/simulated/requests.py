@@ -1,7 +1,7 @@
 """What clients may send: request bodies as vLLM declares them, and the checks it makes beside their form."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, Required, TypeVar
 
 import pydantic
@@ -65,12 +65,10 @@ class Tool(BaseModel):
     type: Literal["function"] = "function"
     function: Function
 
-    def for_template(self) -> dict[str, Any]:
-        """The tool as vLLM shows it to the chat template."""
-        function = self.function.model_dump(include={"name", "description", "parameters"})
-        if self.function.strict is not None:
-            function["strict"] = self.function.strict
-        return {"type": self.type, "function": function}
+
+def given(tools: Sequence[Tool] | None) -> list[dict[str, Any]] | None:
+    """The tools as they came."""
+    return None if tools is None else [tool.model_dump(exclude_unset=True) for tool in tools]
 
 
 class NamedFunction(BaseModel):
@@ -142,6 +140,7 @@ class ChatRequest(OpenAIGenerate):
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     documents: list[dict[str, Any]] | None = None
+    reasoning_effort: str | None = None
     echo: bool = False
 
 

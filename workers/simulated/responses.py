@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
+from workers.dialects import RESPONSES_ADD_SPECIAL_TOKENS, chat_of_items, tools_of_responses
 from workers.simulated import errors
 from workers.simulated.grammar import Arguments, CallOpened, Forced, Part, Said, ToolReader, forced_call
 from workers.simulated.live import Generation, Sampling
 from workers.simulated.requests import (
     ResponsesRequest,
-    Tool,
     check_temperature,
     forwarded_token_ids,
     output_limit,
@@ -65,17 +65,18 @@ async def start(service: Service, store: ResponseStore, request: ResponsesReques
     service.check_model(request.model)
     service.live.check_admission(1)
     check_temperature(request)
-    messages = input_messages(request, store)
-    tools = _functions(request.tools)
+    with errors.of_prompts():
+        messages = input_messages(request, store)
+        tools = tools_of_responses(request.tools)
     prompt = forwarded_token_ids(request.kv_transfer_params, messages, service.tokenizer.vocab_size)
     if prompt is None:
-        prompt = await service.chat_prompt(messages, [tool.for_template() for tool in tools] or None)
+        prompt = await service.chat_prompt(messages, tools, add_special_tokens=RESPONSES_ADD_SPECIAL_TOKENS)
     service.check_length(prompt)
     sampling = Sampling(
         max_tokens=output_limit(request.max_output_tokens, len(prompt), service.max_model_len),
         cache_salt=request.cache_salt,
     )
-    forced = _forced(request, tools, prompt)
+    forced = _forced(request, tools or (), prompt)
     script = None if forced is None else service.tokenizer.encode(forced.text, add_special_tokens=False)
     id = request.request_id or f"resp_{new_id()}"
     identity = Identity(id, service.served_names[0], service.identity("", None).created)
@@ -96,44 +97,13 @@ def input_messages(request: ResponsesRequest, store: ResponseStore) -> list[Mess
             for item in before.body["output"]
             if item["type"] == "message"
         ]
-    if isinstance(request.input, str):
-        messages.append({"role": "user", "content": request.input})
-    else:
-        for item in request.input:
-            _append_item(messages, item)
-    return messages
+    return chat_of_items(request.input, messages)
 
 
-def _append_item(messages: list[Message], item: Mapping[str, Any]) -> None:
-    """One input item as a chat message; calls join the assistant message before them."""
-    match item.get("type", "message"):
-        case "function_call":
-            call = {
-                "id": item.get("call_id"),
-                "type": "function",
-                "function": {"name": item.get("name"), "arguments": item.get("arguments", "")},
-            }
-            if not messages or messages[-1]["role"] != "assistant":
-                messages.append({"role": "assistant", "content": None})
-            messages[-1].setdefault("tool_calls", []).append(call)
-        case "function_call_output":
-            messages.append(
-                {"role": "tool", "content": item.get("output"), "tool_call_id": item.get("call_id")}
-            )
-        case "message":
-            messages.append({"role": item.get("role", "user"), "content": item.get("content")})
-
-
-def _functions(tools: Sequence[Mapping[str, Any]]) -> list[Tool]:
-    return [
-        Tool.model_validate({"type": "function", "function": {k: v for k, v in tool.items() if k != "type"}})
-        for tool in tools
-        if tool.get("type") == "function"
-    ]
-
-
-def _forced(request: ResponsesRequest, tools: Sequence[Tool], prompt: Sequence[int]) -> Forced | None:
-    functions = [tool.function.model_dump() for tool in tools]
+def _forced(
+    request: ResponsesRequest, tools: Sequence[Mapping[str, Any]], prompt: Sequence[int]
+) -> Forced | None:
+    functions = [tool["function"] for tool in tools]
     if not functions or request.tool_choice in ("none", "auto"):
         return None
     name = request.tool_choice.get("name") if isinstance(request.tool_choice, dict) else None

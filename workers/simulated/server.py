@@ -17,8 +17,10 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from workers.chat_messages import template_variables
+from workers.chat_template import ChatTemplate
 from workers.simulated import (
     audio,
     chat,
@@ -39,7 +41,7 @@ from workers.simulated.language import Language
 from workers.simulated.live import GenerationAbortedError, LiveEngine
 from workers.simulated.metrics import EngineMetrics
 from workers.simulated.service import DONE, VLLM_VERSION, Service, named_event
-from workers.simulated.tokenizer import Tokenizer
+from workers.tokenizer import Tokenizer, read_json
 
 # vLLM's default (VLLM_HTTP_TIMEOUT_KEEP_ALIVE), seconds.
 KEEP_ALIVE = 5
@@ -49,6 +51,9 @@ GUARDED = ("/v1", "/v2", "/inference", "/cohere")
 
 FAULTS_PATH = "/faults"
 
+# What vLLM counts no requests of.
+UNCOUNTED = frozenset({"/metrics", "/health", "/load", "/ping", "/version", FAULTS_PATH})
+
 
 class Server:
     """One engine and its routes."""
@@ -57,7 +62,8 @@ class Server:
         self._options = chosen
         name, root = _model(chosen.model)
         tokenizer = Tokenizer(root)
-        max_model_len = chosen.context(tokenizer.max_position)
+        template = ChatTemplate(root, str(chosen.chat_template) if chosen.chat_template else None)
+        max_model_len = chosen.context(read_json(root / "config.json").get("max_position_embeddings"))
         names = chosen.served_model_name or (name,)
         engine = core.Engine(chosen.engine_config())
         self.faults = Faults()
@@ -71,12 +77,13 @@ class Server:
             self.metrics,
             self.faults,
             self.publisher,
-            speed=chosen.speed,
             max_num_queued_reqs=chosen.max_num_queued_reqs,
         )
         self.service = Service(
             self.live,
             tokenizer,
+            template,
+            self.faults,
             served_names=names,
             model_root=str(root),
             max_model_len=max_model_len,
@@ -92,8 +99,10 @@ class Server:
             ClientDisconnect: _gone,
             GenerationAbortedError: _gone,
         }
-        app = Starlette(routes=list(self._routes()), exception_handlers=handlers)
-        return _Gate(app, self.faults, self._options.api_key)
+        routes = list(self._routes())
+        app = Starlette(routes=routes, exception_handlers=handlers)
+        counted = _Counted(app, self.metrics, frozenset(route.path for route in routes))
+        return _Gate(counted, self.faults, self._options.api_key)
 
     def _routes(self) -> Iterator[Route]:
         for path, post in (
@@ -234,12 +243,12 @@ class Server:
             return self.service.tokenizer.encode(body.prompt or "", add_special_tokens=special)
         return await self.service.chat_prompt(
             body.messages,
-            [tool.for_template() for tool in body.tools or ()] or None,
+            requests.given(body.tools),
             add_special_tokens=bool(body.add_special_tokens),
             template=body.chat_template,
-            add_generation_prompt=body.add_generation_prompt and not body.continue_final_message,
+            add_generation_prompt=body.add_generation_prompt,
             continue_final_message=body.continue_final_message,
-            **(body.chat_template_kwargs or {}),
+            variables=template_variables(body.chat_template_kwargs or {}),
         )
 
     async def _detokenize(self, request: Request) -> Response:
@@ -337,6 +346,31 @@ class _Gate:
         scheme, _, token = header.partition(" ")
         good = [secrets.compare_digest(token.encode(), key.encode()) for key in self._keys]
         return scheme.lower() == "bearer" and any(good)
+
+
+class _Counted:
+    """Counts requests as vLLM's instrumentator does: by path, where there is one, method and status."""
+
+    def __init__(self, app: ASGIApp, metrics: EngineMetrics, paths: frozenset[str]) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._paths = paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in UNCOUNTED:
+            return await self._app(scope, receive, send)
+        status = int(HTTPStatus.INTERNAL_SERVER_ERROR)  # of a request that is cut before it has one
+
+        async def watched(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        try:
+            return await self._app(scope, receive, watched)
+        finally:
+            handler = scope["path"] if scope["path"] in self._paths else "none"
+            self._metrics.http_requests.labels(handler, scope["method"], f"{status // 100}xx").inc()
 
 
 async def _parsed(kind: type[requests.Parsed], request: Request) -> requests.Parsed:

@@ -9,15 +9,21 @@ from typing import Any
 
 import msgspec
 
+from workers.chat_messages import tool_dicts
+from workers.chat_template import ChatTemplate
 from workers.simulated import errors
+from workers.simulated.faults import Faults
 from workers.simulated.live import LiveEngine
-from workers.simulated.tokenizer import TemplateError, Tokenizer
+from workers.tokenizer import Tokenizer
 
 # The version whose wire this engine speaks.
 VLLM_VERSION = "0.32.0"
 
 # Texts longer than this many characters (about 2k tokens) are tokenised off the event loop.
 LONG_TEXT = 8192
+
+# What the fault `template` puts before every chat.
+OTHER_TEMPLATE = "This is another chat template.\n"
 
 DONE = b"data: [DONE]\n\n"
 
@@ -38,6 +44,8 @@ class Service:
         self,
         live: LiveEngine,
         tokenizer: Tokenizer,
+        template: ChatTemplate,
+        faults: Faults,
         *,
         served_names: Sequence[str],
         model_root: str,
@@ -46,6 +54,8 @@ class Service:
     ) -> None:
         self.live = live
         self.tokenizer = tokenizer
+        self._template = template
+        self._faults = faults
         self.served_names = served_names
         self.model_root = model_root
         self.max_model_len = max_model_len
@@ -89,15 +99,12 @@ class Service:
         add_special_tokens: bool = False,
         **options: Any,
     ) -> list[int]:
-        """Token ids of a chat; options as of Tokenizer.render."""
-        if not messages:
-            raise errors.ApiError(
-                "Cannot apply chat template to an empty conversation. Provide at least one message."
-            )
-        try:
-            text = self.tokenizer.render(messages, tools=tools, **options)
-        except TemplateError as error:
-            raise errors.ApiError(str(error)) from error
+        """Token ids of a chat; tools as requests bring them, options as of ChatTemplate.render."""
+        with errors.of_prompts():
+            shown = None if tools is None else tool_dicts(tools)
+            text = self._template.render(messages, shown, **options)
+        if self._faults.take("template"):
+            text = OTHER_TEMPLATE + text
         return await self.encode(text, add_special_tokens=add_special_tokens)
 
 
