@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from array import array
 from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 from itertools import takewhile
+from random import Random
+from sys import getsizeof
 from typing import NamedTuple
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from xxhash import xxh3_64_intdigest
 
 from router.core.blocks import Keys, block_keys, root_key
 from router.core.kv_events import BlockRemoved, BlockStored, Tier
-from router.core.kv_index import HISTORY, Held, KVIndex, bits_of
+from router.core.kv_index import GENERATION, HISTORY, Held, KVIndex, _dict_bytes, bits_of
 
 
 class Content(NamedTuple):
@@ -304,7 +308,7 @@ def run(flags: list[bool]) -> int:
     return len(list(takewhile(bool, flags)))
 
 
-@settings(max_examples=100)
+@settings(max_examples=40)
 @given(st.lists(steps, min_size=30, max_size=80))
 def test_it_equals_a_naive_index(taken: list[Step]) -> None:
     world = World(KVIndex(1 << 20), exact=True)
@@ -312,10 +316,262 @@ def test_it_equals_a_naive_index(taken: list[Step]) -> None:
         world.take(step)
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(st.lists(steps, min_size=30, max_size=80))
 def test_in_little_room_it_claims_less_and_never_more(taken: list[Step]) -> None:
     world = World(KVIndex(1 << 13, generation=4), exact=False)
     for step in taken:
         world.take(step)
         assert len(world.index) <= 8 * world.index._count
+        assert world.index.nbytes <= 1 << 13
+
+
+SIZE = 16
+PROMPT = Content(SIZE, tuple(range(4 * SIZE)))
+
+
+def chain_of(blocks: int, first_token: int = 0) -> Content:
+    return Content(SIZE, tuple(range(first_token, first_token + blocks * SIZE)))
+
+
+def engine_in(index: KVIndex, in_bytes: bool = False) -> Engine:
+    return Engine(index.join(), SIZE, in_bytes=in_bytes)
+
+
+def blocks_of(index: KVIndex, content: Content, bit: int) -> tuple[int, int]:
+    """At hand and behind that on slower tiers."""
+    found = index.match(content.keyed(), bit)
+    assert len(found) <= 1
+    return found[0][1:] if found else (0, 0)
+
+
+def test_replicas_are_told_apart_in_one_walk() -> None:
+    index = KVIndex()
+    engines = [engine_in(index) for _ in range(4)]
+    for engine, blocks in zip(engines, (4, 2, 2, 0), strict=True):
+        if blocks:
+            index.apply(engine.bit, engine.stored(PROMPT.prefix(blocks), 0))
+    bits = [engine.bit for engine in engines]
+    found = index.match(PROMPT.keyed(), sum(bits))
+    assert found == [Held(bits[1] | bits[2], 2, 0), Held(bits[0], 4, 0)]
+    assert index.match(PROMPT.keyed(), bits[1] | bits[3]) == [Held(bits[1], 2, 0)]
+    assert index.match([], sum(bits)) == []
+
+
+def test_slower_tiers_count_from_where_the_gpu_ends_and_as_far_as_they_reach() -> None:
+    index = KVIndex()
+    engine = engine_in(index)
+    index.apply(engine.bit, engine.stored(PROMPT, 0))
+    for block, tier in ((2, Tier.CPU), (3, Tier.CPU), (3, Tier.STORAGE), (4, Tier.STORAGE)):
+        index.apply(engine.bit, engine.stored(PROMPT.prefix(block), block - 1, tier, bare=True))
+    assert blocks_of(index, PROMPT, engine.bit) == (4, 0)
+    for block in (4, 3, 2):
+        index.apply(engine.bit, engine.removed(PROMPT.prefix(block)))
+    assert blocks_of(index, PROMPT, engine.bit) == (1, 3)
+    index.apply(engine.bit, engine.removed(PROMPT.prefix(3), Tier.CPU))
+    assert blocks_of(index, PROMPT, engine.bit) == (1, 3)
+    index.apply(engine.bit, engine.removed(PROMPT.prefix(3), Tier.STORAGE))
+    assert blocks_of(index, PROMPT, engine.bit) == (1, 1)
+    index.apply(engine.bit, engine.removed(PROMPT.prefix(1)))
+    assert blocks_of(index, PROMPT, engine.bit) == (0, 0)
+
+
+def test_a_block_with_copies_is_there_until_the_last_is_removed() -> None:
+    index = KVIndex()
+    engine, other = engine_in(index), engine_in(index)
+    for _ in range(3):
+        index.apply(engine.bit, engine.stored(PROMPT, 0))
+    index.apply(other.bit, other.stored(PROMPT, 0))
+    last = PROMPT.keyed()[-1]
+    left = [index.apply(engine.bit, engine.removed(PROMPT)) for _ in range(3)]
+    assert left == [[], [], [last]]
+    assert blocks_of(index, PROMPT, engine.bit) == (3, 0)
+    assert blocks_of(index, PROMPT, other.bit) == (4, 0)
+
+
+def test_what_was_promised_is_there_until_it_is_confirmed_or_withdrawn() -> None:
+    index = KVIndex()
+    engine = engine_in(index)
+    first = index.expect(engine.bit, PROMPT.keyed())
+    assert first == PROMPT.keyed()
+    assert index.expect(engine.bit, PROMPT.keyed()) == []
+    assert blocks_of(index, PROMPT, engine.bit) == (4, 0)
+    index.apply(engine.bit, engine.stored(PROMPT.prefix(2), 0))
+    index.apply(engine.bit, engine.removed(PROMPT.prefix(2)))
+    assert blocks_of(index, PROMPT, engine.bit) == (1, 0), "an event confirmed it, and another took it back"
+    index.withdraw(engine.bit, first)
+    assert blocks_of(index, PROMPT, engine.bit) == (1, 0)
+
+
+def test_what_was_sent_is_taken_to_be_there_within_the_capacity() -> None:
+    index = KVIndex()
+    bit = index.join()
+    history = bit << HISTORY
+    other = chain_of(3, 1000)
+    own = index.expect(history, PROMPT.keyed())
+    index.remember(bit, PROMPT.keyed(), 6)
+    index.remember(bit, other.keyed(), 6)
+    assert blocks_of(index, PROMPT, history) == (3, 0), "its tail went first"
+    assert blocks_of(index, other, history) == (3, 0)
+    assert blocks_of(index, PROMPT, bit) == (0, 0), "events tell of nothing"
+    index.remember(bit, PROMPT.keyed(), 6)
+    assert blocks_of(index, other, history) == (2, 0)
+    index.withdraw(history, own)
+    assert blocks_of(index, PROMPT, history) == (4, 0)
+
+
+def test_a_forgotten_replica_starts_anew_and_its_place_is_used_again() -> None:
+    index = KVIndex()
+    engine, other = engine_in(index), engine_in(index)
+    for _ in range(2):
+        index.apply(engine.bit, engine.stored(PROMPT, 0))
+    index.expect(engine.bit, chain_of(2, 500).keyed())
+    before = engine.bit
+    engine.bit = index.forget(before)
+    assert engine.bit != before
+    assert index.forget(engine.bit) == engine.bit, "nothing was known of it"
+    assert index.match(PROMPT.keyed(), engine.bit) == []
+    index.apply(other.bit, other.stored(chain_of(1, 900), 0))  # events sweep out what is stale
+    assert len(index) == 1
+    assert index.join() == before
+    assert index.match(PROMPT.keyed() + chain_of(2, 500).keyed(), before) == []
+    again = Engine(before, SIZE)
+    index.apply(before, again.stored(PROMPT, 0))
+    index.apply(before, again.removed(PROMPT))
+    assert blocks_of(index, PROMPT, before) == (3, 0), "copies of before are forgotten too"
+
+
+def test_hashes_in_bytes_and_in_integers_are_the_same_names() -> None:
+    index = KVIndex()
+    one, two = engine_in(index), engine_in(index, in_bytes=True)
+    index.apply(one.bit, one.stored(PROMPT.prefix(2), 0))
+    index.apply(two.bit, two.stored(PROMPT, 2))
+    index.apply(two.bit, two.stored(PROMPT.prefix(2), 0))
+    assert blocks_of(index, PROMPT, two.bit) == (4, 0)
+
+
+def test_what_cannot_be_keyed_is_counted_and_not_guessed() -> None:
+    index = KVIndex()
+    engine = engine_in(index)
+    index.apply(engine.bit, engine.stored(PROMPT, 2))
+    assert index.source(engine.bit).orphans == 2
+    index.apply(engine.bit, engine.stored(PROMPT.prefix(2), 0, Tier.CPU, bare=True))
+    known = engine.stored(PROMPT, 0)
+    short = BlockStored(known.block_hashes, known.token_ids[:-1], SIZE)
+    index.apply(engine.bit, short)
+    index.apply(engine.bit, BlockStored(known.block_hashes, known.token_ids, SIZE, medium="TAPE"))
+    index.apply(engine.bit, BlockRemoved(known.block_hashes, medium="TAPE"))
+    extra = BlockStored(known.block_hashes, known.token_ids, SIZE, extra_keys=[None])
+    index.apply(engine.bit, extra)
+    assert index.source(engine.bit).unkeyed == 2 + 4 + 4 + 4
+    assert len(index) == 0
+
+
+def test_of_several_groups_the_first_with_full_attention_is_indexed() -> None:
+    index = KVIndex()
+    engine = engine_in(index)
+
+    def told(content: Content, group: int, kind: str) -> None:
+        event = engine.stored(content, 0)
+        fields = (event.block_hashes, event.token_ids, SIZE, None, "GPU", None, None, group, kind)
+        index.apply(engine.bit, BlockStored(*fields))
+
+    told(PROMPT, 0, "sliding_window")
+    assert blocks_of(index, PROMPT, engine.bit) == (0, 0)
+    told(PROMPT, 1, "full_attention")
+    told(PROMPT, 2, "full_attention")
+    hashes = engine.stored(PROMPT, 3).block_hashes
+    for group in (0, 2):
+        index.apply(engine.bit, BlockRemoved(hashes, "GPU", group))
+    assert blocks_of(index, PROMPT, engine.bit) == (4, 0)
+    index.apply(engine.bit, BlockRemoved(hashes, "GPU", 1))
+    assert blocks_of(index, PROMPT, engine.bit) == (3, 0)
+    assert index.source(engine.bit).groups == {0, 1, 2}
+
+
+def test_a_part_of_a_block_is_no_block() -> None:
+    index = KVIndex()
+    engine = engine_in(index)
+    index.apply(engine.bit, engine.stored(PROMPT, 0))
+    index.apply(engine.bit, Engine(engine.bit, SIZE // 2).stored(Content(SIZE // 2, PROMPT.tokens), 0))
+    assert index.source(engine.bit).size == SIZE
+    assert blocks_of(index, Content(SIZE // 2, PROMPT.tokens), engine.bit) == (0, 0)
+
+
+def test_what_is_matched_outlives_what_is_not() -> None:
+    """One shard of two generations; 40 chains of a block each, of which one is asked for all the time."""
+    index = KVIndex(1 << 12, generation=8)
+    engine = engine_in(index)
+    prompts = [chain_of(1, 100 * place) for place in range(40)]
+    for prompt in prompts:
+        index.apply(engine.bit, engine.stored(prompt, 0))
+        assert blocks_of(index, prompts[0], engine.bit) == (1, 0)
+    held = [blocks_of(index, prompt, engine.bit) == (1, 0) for prompt in prompts]
+    assert held[0] and held[-1] and not any(held[1:20])
+    index.apply(engine.bit, engine.removed(prompts[0]))
+    assert blocks_of(index, prompts[0], engine.bit) == (0, 0)
+
+
+def test_a_block_that_was_dropped_for_room_leaves_no_copies_behind() -> None:
+    index = KVIndex(1 << 14, generation=32)
+    engine = engine_in(index)
+    for _ in range(2):
+        index.apply(engine.bit, engine.stored(PROMPT, 0))
+    for place in range(1, 200):
+        index.apply(engine.bit, engine.stored(chain_of(1, 1000 * place), 0))
+    assert blocks_of(index, PROMPT, engine.bit) == (0, 0)
+    for event in (engine.stored(PROMPT, 0), engine.removed(PROMPT)):
+        index.apply(engine.bit, event)
+    assert blocks_of(index, PROMPT, engine.bit)[0] < 4
+
+
+# -- bytes
+
+
+def test_a_dict_grows_as_it_is_counted() -> None:
+    for entries in (GENERATION, 2 * GENERATION):
+        chance, table = Random(entries), dict[int, int]()
+        largest = 0
+        for _ in range(20 * entries):
+            if len(table) == entries:
+                del table[next(iter(table))]
+            table[chance.getrandbits(60)] = 1
+            largest = max(largest, getsizeof(table))
+        assert _dict_bytes(entries) / 1.1 < largest <= _dict_bytes(entries)
+
+
+def filled(index: KVIndex, replicas: int, blocks: int, shared: bool) -> None:
+    """Chains of 64 blocks at each replica: the same ones, or others."""
+    chance = Random(1)
+    bits = [index.join() for _ in range(replicas)]
+    for bit in bits:
+        chance = Random(1) if shared else chance
+        for _ in range(blocks // 64):
+            hashes = [chance.getrandbits(64) for _ in range(64)]
+            index.apply(bit, BlockStored(list(hashes), [chance.getrandbits(17) for _ in range(64)], 1))
+
+
+@pytest.mark.parametrize(("shared", "most"), [(False, 220), (True, 220 / 16)])
+def test_a_block_takes_few_bytes(shared: bool, most: float) -> None:
+    """By replica; one that others have as well next to nothing."""
+    tracemalloc.start()
+    index = KVIndex(1 << 25)
+    empty = tracemalloc.get_traced_memory()[0]
+    filled(index, 32, 1024, shared)
+    used = tracemalloc.get_traced_memory()[0] - empty
+    tracemalloc.stop()
+    assert len(index) == (1024 if shared else 32 * 1024)
+    assert used / (32 * 1024) <= most
+    assert used <= 1.1 * index.nbytes
+
+
+def test_the_bound_holds_by_tracemalloc() -> None:
+    bound = 1 << 21
+    tracemalloc.start()
+    index = KVIndex(bound)
+    filled(index, 8, 4096, False)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert index.nbytes <= bound
+    assert bound / 600 < len(index) < 8 * 4096
+    assert most <= bound + 200_000  # beside the index there is an event
