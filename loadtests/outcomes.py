@@ -73,15 +73,19 @@ def summarize(outcomes: Sequence[Outcome], slo: Slo, refused: int = 0) -> Summar
     attained = np.array([outcome.attained(slo) for outcome in kept])
     lengths = np.array([outcome.arrival.input_length for outcome in kept])
     longest = lengths >= np.quantile(lengths, 1 - LONGEST)
-    ttft = np.quantile([outcome.ttft for outcome in kept], (0.5, 0.9, 0.99))
-    tpot = np.quantile([o.tpot for o in kept if o.arrival.output_length > 1] or [0.0], (0.5, 0.99))
+    ttft_p50, ttft_p90, ttft_p99 = np.quantile([outcome.ttft for outcome in kept], (0.5, 0.9, 0.99))
+    streams = [outcome.tpot for outcome in kept if outcome.arrival.output_length > 1] or [0.0]
+    tpot_p50, tpot_p99 = np.quantile(streams, (0.5, 0.99))
     return Summary(
-        len(kept),
-        refused,
-        float(attained.mean()),
-        float(attained[longest].mean()),
-        *map(float, ttft),
-        *map(float, tpot),
+        requests=len(kept),
+        refused=refused,
+        attainment=float(attained.mean()),
+        attainment_longest=float(attained[longest].mean()),
+        ttft_p50=float(ttft_p50),
+        ttft_p90=float(ttft_p90),
+        ttft_p99=float(ttft_p99),
+        tpot_p50=float(tpot_p50),
+        tpot_p99=float(tpot_p99),
         hit=sum(outcome.reported for outcome in kept) / int(lengths.sum()),
         predicted_right=float(np.mean([outcome.predicted == outcome.reported for outcome in kept])),
         balance=float(np.mean([outcome.crowding for outcome in kept])),

@@ -1,4 +1,5 @@
-"""The admin port of a router process: metrics, the fleet as a page and as JSON, Prometheus' targets.
+"""The admin port of a router process: metrics, the fleet as a page and as JSON, its decisions, and targets
+for Prometheus.
 
 Never on the front port.
 """
@@ -6,23 +7,36 @@ Never on the front port.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib.resources import files
-from urllib.parse import urlsplit
+from typing import Any, TypeVar
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import msgspec
+from msgspec import structs
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
+from router.arrivals import Arrivals
 from router.core.fleet import Fleet, Standing, State
-from router.errors import ApiError, MethodNotAllowed, UnknownRoute
+from router.core.step_model import PRIORS
+from router.decisions import Decision, Decisions
+from router.errors import ApiError, BadRequest, MethodNotAllowed, UnknownRoute
+from router.gossip import Gossip
 from router.http.server import Reply, Request, Server
 from router.metrics import Metrics
 from router.openai_api import error_body
 from router.place import Place
 from router.port import Member
 
+T = TypeVar("T")
+
 JSON = (b"content-type", b"application/json")
+DECISIONS = "/decisions"
+# What `/decisions` tells if nothing is said, and at most: a thousand hold the loop for 45 ms,
+# with 64 replicas for 0.23 s.
+LAST, MOST = 20, 1000
 
 
 class Admin:
@@ -36,6 +50,9 @@ class Admin:
         promised: tuple[str, ...],
         front: Server,
         place: Place,
+        gossip: Gossip,
+        decisions: Decisions,
+        arrivals: Arrivals,
     ) -> None:
         self._fleet = fleet
         self._metrics = metrics
@@ -43,10 +60,15 @@ class Admin:
         self._promised = promised
         self._front = front
         self._place = place
+        self._gossip = gossip
+        self._decisions = decisions
+        self._arrivals = arrivals
         self._page = files("router").joinpath("fleet.html").read_bytes()
         self._routes: dict[str, Callable[[Request, Reply], None]] = {
             "/metrics": self._prometheus,
             "/fleet": self._state,
+            DECISIONS: self._newest,
+            "/arrivals": self._arrived,
             "/targets": self._targets,
             "/routers": self._routers,
             "/health": self._alive,
@@ -55,11 +77,14 @@ class Admin:
     async def __call__(self, request: Request, reply: Reply) -> None:
         """Answers one request."""
         try:
-            if request.path not in self._routes:
+            route = self._routes.get(request.path)
+            if request.path.startswith(f"{DECISIONS}/"):
+                route = self._decision
+            if route is None:
                 raise UnknownRoute(f"The admin port serves {', '.join(self._routes)}")
             if request.method not in ("GET", "HEAD"):
                 raise MethodNotAllowed(request.path, "GET", "HEAD")
-            self._routes[request.path](request, reply)
+            route(request, reply)
         except ApiError as error:
             reply.send(error.status, [JSON, *error.headers], error_body(error))
 
@@ -67,7 +92,7 @@ class Admin:
         reply.send(200, [JSON], b'{"status":"ok"}')
 
     def _prometheus(self, request: Request, reply: Reply) -> None:
-        self._metrics.observe(self._fleet, self._promised)
+        self._metrics.observe(self._fleet, self._promised, time.monotonic())
         body = generate_latest(self._metrics.registry)
         reply.send(200, [(b"content-type", CONTENT_TYPE_LATEST.encode())], body)
 
@@ -81,11 +106,35 @@ class Admin:
                 "policy": self._policy,
                 "process": self._process(),
                 "processes": [_process(member) for member in self._place.members],
+                "peers": self._gossip.peers,
                 "models": [self._model(name) for name in sorted({*self._promised, *self._fleet.models()})],
-                "replicas": [_described(standing) for standing in self._fleet],
+                "replicas": [_described(standing, time.monotonic()) for standing in self._fleet],
             }
         )
         reply.send(200, [JSON], body)
+
+    def _decision(self, request: Request, reply: Reply) -> None:
+        """That on one request; the newest, where its id was used again."""
+        request_id = unquote(request.path.removeprefix(f"{DECISIONS}/"))
+        decision = self._decisions.on(request_id)
+        reply.send(200, [JSON], msgspec.json.encode(self._told(decision)))
+
+    def _newest(self, request: Request, reply: Reply) -> None:
+        """The newest `last` of them."""
+        count = number(request, "last", LAST)
+        if not 0 < count <= MOST:
+            raise BadRequest(f"last: a number from 1 to {MOST} is expected", param="last")
+        told = [self._told(decision) for decision in self._decisions.newest(count)]
+        reply.send(200, [JSON], msgspec.json.encode(told))
+
+    def _told(self, decision: Decision) -> dict[str, Any]:
+        epoch = time.time() - time.monotonic()  # the clock of event loops
+        return {"process": os.getpid(), **self._decisions.described(decision, epoch)}
+
+    def _arrived(self, request: Request, reply: Reply) -> None:
+        """Requests answered since, for `herd record`."""
+        batch = self._arrivals.after(number(request, "after", None), time.monotonic())
+        reply.send(200, [JSON], msgspec.json.encode(batch))
 
     def _targets(self, request: Request, reply: Reply) -> None:
         """Every engine, for Prometheus' `http_sd_configs`: replicas come and go, its file stays as it is."""
@@ -113,19 +162,48 @@ class Admin:
         return {"name": name, "replicas": len(replicas), "ready": ready}
 
 
+def number(request: Request, name: str, default: T) -> int | T:
+    """A number in the query of the target; raises BadRequest where it is none."""
+    said = parse_qs(urlsplit(request.target).query, keep_blank_values=True).get(name)
+    if said is None:
+        return default
+    if not said[0].isdecimal():
+        raise BadRequest(f"{name}: a number is expected, not {said[0]!r}", param=name)
+    return int(said[0])
+
+
 def _process(member: Member) -> dict[str, object]:
     """What every process of the port knows of each; one without a rank only finishes what it has."""
     return {"rank": member.rank, "pid": member.process.pid, "admin_port": member.admin_port}
 
 
-def _described(standing: Standing) -> dict[str, object]:
+def _described(standing: Standing, now: float) -> dict[str, object]:
     return {
         **asdict(standing.replica),
         "state": standing.state,
+        "trust": standing.trust,
+        "trust_reason": standing.trust_reason,
+        "takes_token_ids": standing.takes_ids,
         "in_flight": standing.in_flight,
         "awaiting_first_token": standing.awaiting_first_token,
         "finished": standing.finished,
         "failures": standing.failures,
+        "elsewhere": structs.asdict(standing.elsewhere),
+        "decoding": standing.decoding,
+        "context_tokens": standing.context,
+        "backlog_s": standing.backlog_s(now),
+        "step_model": _step_model(standing),
+    }
+
+
+def _step_model(standing: Standing) -> dict[str, object]:
+    """What it began from, what was learnt since, and what that makes of a step at this moment."""
+    steps = standing.steps
+    return {
+        "prior": next(kind for kind, prior in PRIORS.items() if prior is steps.prior),
+        "prefill": asdict(steps.prefill),
+        "decode": asdict(steps.decode),
+        "step_s": standing.step_s(),
     }
 
 

@@ -63,11 +63,12 @@ def affinity_key(call: Call, headers: Headers) -> int | None:
     The model is a part of it. Engines keep the caches of a model's adapters apart, so nothing is gained where
     one session meets several, and a text that many adapters are asked would land on one replica for all.
     """
-    told = _session(headers) or _beginning(call.fields.get("prompt_cache_key"), TEXT) or _opening(call)
+    told = session(headers) or _beginning(call.fields.get("prompt_cache_key"), TEXT) or _opening(call)
     return xxh3_64_intdigest(told, xxh3_64_intdigest(call.model.encode())) if told else None
 
 
-def _session(headers: Headers) -> bytes | None:
+def session(headers: Headers) -> bytes | None:
+    """The session that the client names."""
     sent = {name.replace(b"_", b"-"): value for name, value in headers}
     return next((sent[name] for name in SESSION_HEADERS if sent.get(name)), None)
 

@@ -62,6 +62,7 @@ def _router(fleet: FleetConfig) -> Application:
         name="Router",
         num_replicas=fleet.router.replicas,
         ray_actor_options={"num_cpus": 0},
+        request_router_config=RequestRouterConfig(request_router_class="router.membership:Peers"),
         graceful_shutdown_timeout_s=deployment.DRAIN_S + 30,
         **HEALTH_CHECKS,
         **LEAVE,

@@ -137,6 +137,52 @@ def status(port: int, as_json: bool, run_dir: Path | None) -> None:
 
 
 @main.command()
+@click.argument("request_id", required=False, metavar="ID")
+@click.option("--last", type=click.IntRange(1, 1000), help="The last so many requests.  [default: 10]")
+@click.option("--port", default=PORT, show_default=True, help="The endpoint's port.")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@run_dir
+def explain(request_id: str | None, last: int | None, port: int, as_json: bool, run_dir: Path | None) -> None:
+    """Show why requests went where they did, what was predicted and what came true.
+
+    ID is the x-request-id of a reply; without it the last requests are listed.
+    """
+    import msgspec
+    from rich.console import Console
+
+    from router import explain
+
+    if request_id is not None and last is not None:
+        raise click.UsageError("ID explains one request, --last lists several. Give one of both.")
+    admins = _admins(run_dir, port)
+    told = explain.on(admins, request_id) if request_id else explain.newest(admins, last or 10)
+    if as_json:
+        click.echo(msgspec.json.format(msgspec.json.encode(told)))
+    else:
+        # A line too long for the terminal is folded by it; rich would cut every column, numbers too.
+        Console(width=explain.WIDTH, highlight=False).print(explain.as_text(told))
+
+
+@main.command()
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--seconds", type=click.FloatRange(min=0), help="For how long.  [default: until Ctrl-C]")
+@click.option("--port", default=PORT, show_default=True, help="The endpoint's port.")
+@run_dir
+def record(file: Path, seconds: float | None, port: int, run_dir: Path | None) -> None:
+    """Record live traffic as a trace that can be replayed: when requests came, how long they were, what their
+    prompts have in common; no text.
+
+    FILE is in the form of Mooncake's traces, and compressed if it ends in .gz.
+    """
+    from router import record
+
+    recorded = record.run(lambda: _admins(run_dir, port), file, seconds)
+    click.echo(f"{recorded.requests} requests in {file}.")
+    if recorded.blind:
+        click.echo(f"The prompts of {recorded.blind} could not be read: they have nothing in common there.")
+
+
+@main.command()
 @click.option(
     "--worker-urls", required=True, multiple=True, metavar="URL...", help="vLLM servers that run already."
 )
@@ -144,7 +190,7 @@ def status(port: int, as_json: bool, run_dir: Path | None) -> None:
 @click.option("--host", default="0.0.0.0", show_default=True)
 @click.option("--port", default=PORT, show_default=True)
 @click.option("--admin-port", default=ADMIN_PORT, show_default=True)
-@click.option("--policy", help=f"How a replica is chosen: {', '.join(POLICIES)}.  [default: least_requests]")
+@click.option("--policy", help=f"How a replica is chosen: {', '.join(POLICIES)}.  [default: kv_aware]")
 @click.option(
     "--model-alias",
     "aliases",
@@ -165,6 +211,12 @@ def status(port: int, as_json: bool, run_dir: Path | None) -> None:
     default=1,
     show_default=True,
     help="Router processes that share the port; the nth has the nth admin port.",
+)
+@click.option(
+    "--shards",
+    default=1,
+    show_default=True,
+    help="Shares of the KV index: with 1 every process holds all of it.",
 )
 def route(
     worker_urls: tuple[str, ...],
@@ -197,6 +249,74 @@ def route(
         sys.exit(run_several([*worker_urls, *more_urls], settings, say=click.echo))
 
 
+@main.command()
+@click.option(
+    "--trace",
+    required=True,
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    help="Requests to replay: Mooncake's JSONL, or that gzipped.",
+)
+@click.option(
+    "--fleet",
+    required=True,
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    help="A fleet file with one model on simulated engines, such as deploy/sim-8b.yaml.",
+)
+@click.option(
+    "--policy",
+    "policies",
+    multiple=True,
+    metavar="NAME",
+    help="How a replica is chosen; give several to compare them.  [default: the fleet's]",
+)
+@click.option(
+    "--speed",
+    type=click.FloatRange(min=0, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Replay the trace so many times as fast.",
+)
+@click.option("--seed", default=0, show_default=True, help="Another seed spreads and draws otherwise.")
+@click.option("--routers", type=click.IntRange(min=1), help="Router processes.  [default: the fleet's]")
+@click.option("--replicas", type=click.IntRange(min=1), help="How many engines.  [default: the fleet's]")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def simulate(
+    trace: Path,
+    fleet: Path,
+    policies: tuple[str, ...],
+    speed: float,
+    seed: int,
+    routers: int | None,
+    replicas: int | None,
+    as_json: bool,
+) -> None:
+    """Replay a trace of requests against a fleet in virtual time: half an hour of traffic in seconds.
+
+    The router's own code places the requests, on engines whose cache and clock are modelled. The same seed
+    gives the same result.
+    """
+    from rich.console import Console
+
+    from loadtests import simulate as twin
+
+    simulated = twin.fleet_of(fleet, replicas, routers)
+    chosen = policies or (simulated.policy,)
+    twin.check(chosen)
+    arrivals = twin.arrivals_of(trace, speed, seed)
+    results = []
+    for name in chosen:
+        with Console(stderr=True).status(f"{name} ..."):
+            results.append(twin.Result.of(name, arrivals, simulated, seed))
+    if as_json:
+        click.echo(twin.as_json(trace.name, speed, seed, simulated, results))
+        return
+    # Nothing is folded where no terminal has to be fitted.
+    out = Console(highlight=False, width=None if sys.stdout.isatty() else 1000)
+    out.print(twin.title(trace.name, speed, arrivals, simulated), end="\n\n")
+    out.print(twin.report(results))
+    out.print(f"\n{twin.NOTE}", style="dim")
+
+
 @main.group()
 def engine() -> None:
     """Run one engine by itself."""
@@ -217,6 +337,19 @@ def _directory(given: Path | None, port: int) -> RunDirectory:
     from router import run_directory
 
     return run_directory.RunDirectory(given) if given is not None else run_directory.default(port)
+
+
+def _admins(run_dir: Path | None, port: int) -> list[str]:
+    """The admin ports of the fleet on a port, as URLs; exit code 3 if there is none."""
+    from router import status
+
+    directory = _directory(run_dir, port)
+    record = directory.read()
+    if record is not None and record.herd.alive:
+        return status.admins_of_fleet(record)
+    if run_dir is None and (found := status.admins_of_port(port)):
+        return found
+    raise _no_fleet(directory)
 
 
 def _no_fleet(directory: RunDirectory) -> click.ClickException:

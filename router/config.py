@@ -13,7 +13,8 @@ from typing import Annotated, Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from router.core.placement import POLICIES
+from router.core.placement import POLICIES, kv_aware
+from router.decisions import DecisionsConfig
 from router.errors import ConfigError
 from router.http.cors import Cors
 from router.http.requests import Limits
@@ -28,10 +29,13 @@ Config = TypeVar("Config", bound=BaseModel)
 class RouterConfig(BaseModel):
     """The front door: where it listens and how it chooses. Port 0 takes any free one.
 
-    `replicas`: router processes; those on one machine share the port. `aliases`: other names of models, each
-    with the name that engines know. `tokenizers`: by model, `*` for all others (router/tokenizer_config.py).
-    `allow_kv_transfer_params`: clients may send their own. `limits`: of what clients send
-    (router/http/requests.py). `cors`: which web pages may call (router/http/cors.py).
+    `replicas`: router processes; those on one machine share the port. `shards`: into how many shares the KV
+    index is divided; with 1 every process holds all of it, with more it holds what belongs to its requests,
+    and passes others' on (router/shards.py). `tokenizers`: by model, `*` for all others
+    (router/tokenizer_config.py). `allow_kv_transfer_params`: clients may send their own. `aliases`: other
+    names of models, each with the name that engines know. `limits`: of what clients send
+    (router/http/requests.py). `cors`: which web pages may call (router/http/cors.py). `decisions`: what is
+    told of placements (router/decisions.py).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -41,12 +45,14 @@ class RouterConfig(BaseModel):
     admin_host: str = "127.0.0.1"
     admin_port: Port = 8001  # of the first router process on a machine; the next ones have the next ports
     replicas: Annotated[int, Field(ge=1)] = 1
-    policy: str = "least_requests"
+    shards: Annotated[int, Field(ge=1)] = 1
+    policy: str = kv_aware.__name__
     tokenizers: dict[Name, TokenizerConfig] = {}
     allow_kv_transfer_params: bool = False
     aliases: dict[Name, Name] = {}
     limits: Limits = Limits()
     cors: Cors = Cors()
+    decisions: DecisionsConfig = DecisionsConfig()
 
     @field_validator("policy")
     @classmethod
@@ -62,6 +68,12 @@ class RouterConfig(BaseModel):
             if model in aliases:
                 raise ValueError(f"{alias!r} stands for {model!r}, which is an alias itself")
         return aliases
+
+    @model_validator(mode="after")
+    def _owned(self) -> RouterConfig:
+        if self.shards > self.replicas:
+            raise ValueError(f"shards: {self.shards} need as many router processes, not {self.replicas}")
+        return self
 
     @model_validator(mode="after")
     def _ports_apart(self) -> RouterConfig:
@@ -133,11 +145,11 @@ def parse_router(settings: Mapping[str, Any]) -> RouterConfig:
 def load(path: Path) -> dict[str, Any]:
     """A Serve config file with one Herd application, checked; its content as `serve deploy` sends it."""
     try:
-        document = yaml.safe_load(path.read_text())
+        document = yaml.safe_load(path.read_bytes())
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {error}") from None
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     try:
         application = application_of(document)
         parse(application.get("args") or {})

@@ -6,6 +6,7 @@ import asyncio
 import gc
 from typing import Any
 
+import msgspec
 import ray
 from ray import serve
 from ray.exceptions import RayError
@@ -14,7 +15,7 @@ from ray.serve.schema import ApplicationStatus
 
 from router.config import RouterConfig
 from router.front import SETTLE_S, FrontDoor
-from router.roster import ROSTER
+from router.roster import PEERS, ROSTER
 from router.watchdog import watch
 
 # Streams of a leaving router end by themselves within this, else they are cut. As long as a long answer.
@@ -28,15 +29,22 @@ class Router:
         self, config: dict[str, Any], models: list[str], *pools: DeploymentHandle[Any]
     ) -> None:
         self._config = RouterConfig.model_validate(config)
-        self._front = FrontDoor(self._config, promised=tuple(models), fleet=_fleet())
+        # The node's address: the loopback one where the whole cluster stays on it.
+        node = ray.util.get_node_ip_address()
+        self._front = FrontDoor(self._config, promised=tuple(models), fleet=_fleet(), peer_host=node)
         self._watchdog = asyncio.create_task(watch(self._front.metrics.loop_lag))
         await self._front.start()
         ROSTER.follow(self._front.membership)
+        PEERS.follow(self._front.meet)
         # A handle hears of its replicas once it is in use; `options` is the public way to put it to use.
-        self._pools = [pool.options() for pool in pools]
+        self._handles = [handle.options() for handle in (*pools, _own_handle())]
         await ROSTER.heard(len(pools), SETTLE_S)
         await self._front.open()
         gc.freeze()  # else a full collection, now and then, holds the loop for tens of milliseconds
+
+    def record_replica_metadata(self) -> dict[str, Any]:
+        """Where the other routers reach this one, as Serve tells them when it is ready."""
+        return dict(msgspec.to_builtins(self._front.contact))
 
     async def check_health(self) -> None:
         """On the router's own loop, so that one that hangs fails too; raises when its port is closed."""
@@ -47,7 +55,13 @@ class Router:
         """Serve awaits this before it ends the process: others take over, running streams finish."""
         await self._front.stop(DRAIN_S, _successor)
         ROSTER.unfollow()
+        PEERS.unfollow()
         self._watchdog.cancel()
+
+
+def _own_handle() -> DeploymentHandle[Any]:
+    """Through which this router hears of the others."""
+    return serve.get_deployment_handle(serve.get_replica_context().deployment)
 
 
 def _fleet() -> str:

@@ -16,6 +16,7 @@ HerdError
     UnknownModel           404
     UnknownRoute           404
     ResponseNotFound       404
+    DecisionNotFound       404
     MethodNotAllowed       405
     ClientTimeout          408
     TooLarge               413
@@ -107,6 +108,14 @@ class ResponseNotFound(ApiError):
     def __init__(self, message: str, *, param: str) -> None:
         super().__init__(message, param=param)
         self.code = f"{param.removesuffix('_id')}_not_found"  # OpenAI's: previous_response_not_found
+
+
+class DecisionNotFound(ApiError):
+    """A process keeps no decision on this request: it placed none, or that is too long ago."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "decision_not_found"
 
 
 class MethodNotAllowed(ApiError):

@@ -10,18 +10,23 @@ import contextlib
 import os
 from collections.abc import Iterable
 
+from msgspec import structs
+
 from router.admin import Admin
+from router.caches import Caches
 from router.config import RouterConfig
 from router.core.fleet import Fleet
-from router.core.placement import POLICIES
 from router.errors import ListenError
+from router.gossip import Gossip
 from router.health import Endpoint, Watch
 from router.http.server import Server
 from router.http.upstream import Upstreams
 from router.metrics import Metrics
 from router.openai_api import refusal
 from router.place import Place, Successor, nobody
+from router.port import Contact
 from router.relay import Relay
+from router.shards import Shards
 
 __all__ = ["Endpoint", "FrontDoor"]
 
@@ -40,37 +45,78 @@ class FrontDoor:
 
     `promised` names the models that the fleet is meant to serve: they are listed, and answered 503 instead
     of 404, while none of their replicas is there. Processes with the same `fleet` share the port.
+    `peer_host`: the address of this machine to router processes on others.
     """
 
     def __init__(
-        self, config: RouterConfig, promised: tuple[str, ...] = (), fleet: str | None = None
+        self,
+        config: RouterConfig,
+        promised: tuple[str, ...] = (),
+        fleet: str | None = None,
+        peer_host: str = "127.0.0.1",
     ) -> None:
         self._config = config
         self.port = config.port
         self.admin_port = config.admin_port
         self.fleet = Fleet()
         self.metrics = Metrics()
-        self._watch = Watch(self.fleet, self.metrics)
+        self._caches = Caches(config, self.fleet, self.metrics)
+        self._watch = Watch(self.fleet, self.metrics, self._caches)
         self._upstreams = Upstreams()
-        policy = POLICIES[config.policy]
+        self._gossip = Gossip(self.fleet, self.metrics, self._contacts)
+        self._peer_host = peer_host
+        self._met: list[Contact] | None = None
         self._relay = Relay(
-            self.fleet, policy, self.metrics, self._watch, self._upstreams, promised, config.aliases
+            config,
+            self.fleet,
+            self.metrics,
+            self._watch,
+            self._caches,
+            self._upstreams,
+            self._gossip.placed,
+            promised,
         )
-        self._front = Server(self._relay, refusal, config.limits, config.cors)
+        self._shards = Shards(
+            self._relay,
+            self.fleet,
+            self._caches,
+            self._gossip,
+            self.metrics,
+            config.shards,
+            config.aliases,
+        )
+        handler = self._relay if config.shards == 1 else self._shards
+        self._front = Server(handler, refusal, config.limits, config.cors)
+        self._direct = Server(self._relay, refusal, config.limits)
         self._place = Place(config.host, config.port, fleet or f"process {os.getpid()}", self._front)
-        admin = Admin(self.fleet, self.metrics, config.policy, promised, self._front, self._place)
+        admin = Admin(
+            self.fleet,
+            self.metrics,
+            config.policy,
+            promised,
+            self._front,
+            self._place,
+            self._gossip,
+            self._relay.decisions,
+            self._relay.arrivals,
+        )
         self._admin = Server(admin, refusal, config.limits)
         self.metrics.connections.set_function(lambda: len(self._front.connections))
 
     async def start(self) -> None:
         """Takes a place on the port, and opens the admin port; raises ListenError with one sentence."""
+        await self._caches.start()
         await self._watch.start()
         try:
             rank = await self._place.claim()
             self.port, config = self._place.port, self._config
             wanted = config.admin_port + rank if config.admin_port else 0
             self.admin_port = await self._admin.start(config.admin_host, wanted)
+            self.contact = await self._gossip.start(self._peer_host)
             self._place.announce(self.admin_port)
+            self._place.introduce(self.contact)
+            if config.shards > 1:
+                self._shards.start()
         except ListenError:
             await self.stop(0)
             raise
@@ -81,8 +127,13 @@ class FrontDoor:
             async with asyncio.timeout(SETTLE_S):
                 while not self._watch.settled:
                     await asyncio.sleep(SETTLE_LOOK_S)
+                await self._caches.tokenizers.settled()
         try:
             await self._place.open()
+            if self._config.shards > 1:
+                direct = await self._direct.start(self._peer_host, 0)
+                self.contact = structs.replace(self.contact, direct=direct)
+                self._place.introduce(self.contact)
         except ListenError:
             await self.stop(0)
             raise
@@ -98,6 +149,17 @@ class FrontDoor:
         for new in announced.keys() - self._watch.followed:
             self._watch.follow(announced[new])
 
+    def meet(self, contacts: Iterable[Contact]) -> None:
+        """All router processes as they are now; until somebody tells, those on the same port are known."""
+        self._met = list(contacts)
+        self._gossip.look()
+
+    def _contacts(self) -> list[Contact]:
+        if self._met is not None:
+            return self._met
+        going_on = (member for member in self._place.members if member.rank is not None)
+        return [member.contact for member in going_on if member.contact is not None]
+
     @property
     def ready(self) -> bool:
         """Every model has a replica that takes requests."""
@@ -112,7 +174,11 @@ class FrontDoor:
         """Accepts until another process does, lets streams end within `grace_s` seconds, and closes all."""
         await self.retire()
         handed_over = await self._place.hand_over(successor)
-        await self._front.stop(grace_s, IDLE_S if handed_over else LAST_IDLE_S)
+        idle_s = IDLE_S if handed_over else LAST_IDLE_S
+        await asyncio.gather(*(s.stop(grace_s, idle_s) for s in (self._front, self._direct)))
+        self._gossip.stop()
         await self._place.leave()
         await self._watch.stop()
+        await self._caches.stop()
         self._upstreams.close()
+        self._shards.stop()

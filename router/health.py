@@ -11,7 +11,7 @@ import contextlib
 import logging
 import re
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Protocol
 from urllib.parse import urlsplit
 
 import httpx
@@ -62,6 +62,9 @@ class _EventSource(msgspec.Struct):
     replay_endpoint: str | None = None
 
 
+_decode_sources = msgspec.json.Decoder(dict[str, _EventSource]).decode
+
+
 async def learn(client: httpx.AsyncClient, endpoint: Endpoint) -> Replica:
     """Asks an engine for its models, block size and KV-event sockets. Raises EngineUnreachable."""
     try:
@@ -69,29 +72,29 @@ async def learn(client: httpx.AsyncClient, endpoint: Endpoint) -> Replica:
         listing.raise_for_status()
         models = msgspec.json.decode(listing.content, type=_Listing).data
         metrics = await client.get(f"{endpoint.url}/metrics")
-        sources = await client.get(f"{endpoint.url}/kv_event_sources")
-        source = _event_source(sources) if sources.is_success else _EventSource()
+        told = await client.get(f"{endpoint.url}/kv_event_sources")
+        sources = _decode_sources(told.content) if told.is_success else {}
     except (httpx.HTTPError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise EngineUnreachable(
             f"{endpoint.url} does not answer as vLLM: {error or type(error).__name__}"
         ) from error
+    cache = metrics.text if metrics.is_success else ""
+    source = sources.get("0", _EventSource())
     return Replica(
         id=endpoint.id,
         url=endpoint.url,
         models=tuple(model.id for model in models),
         engine=endpoint.engine,
-        block_size=cache_config(metrics.text, "block_size") if metrics.is_success else None,
-        num_blocks=cache_config(metrics.text, "num_gpu_blocks") if metrics.is_success else None,
+        block_size=cache_config(cache, "block_size"),
+        num_blocks=cache_config(cache, "num_gpu_blocks"),
         max_model_len=next((m.max_model_len for m in models if m.max_model_len), None),
         kv_events=reachable(source.endpoint, endpoint.url),
         kv_replay=reachable(source.replay_endpoint, endpoint.url),
+        prefix_caching='enable_prefix_caching="False"' not in cache,
+        ranks=max(1, len(sources), cache.count("\nvllm:cache_config_info{")),
         root=next((model.root for model in models if model.parent is None), None),
         adapters=frozenset(model.id for model in models if model.parent is not None),
     )
-
-
-def _event_source(reply: httpx.Response) -> _EventSource:
-    return msgspec.json.decode(reply.content, type=dict[str, _EventSource]).get("0", _EventSource())
 
 
 def cache_config(metrics: str, name: str) -> int | None:
@@ -108,12 +111,23 @@ def reachable(bound: str | None, url: str) -> str | None:
     return bound.replace("//*:", f"//{host}:").replace("//0.0.0.0:", f"//{host}:")
 
 
+class Observer(Protocol):
+    """Who is told of replicas as they come and go, after the fleet."""
+
+    def joined(self, replica: Replica) -> None:
+        """It can be given requests; said again when it is back, since another engine may answer there."""
+
+    def left(self, replica_id: str) -> None:
+        """It was withdrawn."""
+
+
 class Watch:
     """Follows every announced replica: brings it into the fleet, marks it down and up again."""
 
-    def __init__(self, fleet: Fleet, metrics: Metrics) -> None:
+    def __init__(self, fleet: Fleet, metrics: Metrics, observer: Observer | None = None) -> None:
         self._fleet = fleet
         self._metrics = metrics
+        self._observer = observer
         self._followers: dict[str, asyncio.Task[None]] = {}
         self._looks: dict[str, asyncio.Event] = {}
         self._untried: set[str] = set()
@@ -142,6 +156,8 @@ class Watch:
         del self._looks[replica_id]
         self._untried.discard(replica_id)
         self._fleet.left(replica_id)
+        if self._observer is not None:
+            self._observer.left(replica_id)
 
     def suspect(self, replica_id: str) -> None:
         """A request broke there: look at once."""
@@ -192,6 +208,8 @@ class Watch:
                 await asyncio.sleep(PROBE_DOWN_S)
         self._fleet.joined(replica, self._now())
         self._fleet.recovered(replica.id, self._now())
+        if self._observer is not None:
+            self._observer.joined(replica)
         self._untried.discard(endpoint.id)
         log.info("replica %s serves %s at %s", replica.id, ", ".join(replica.models), replica.url)
 

@@ -12,12 +12,15 @@ from functools import cache
 
 from prometheus_client import CollectorRegistry, Gauge, ProcessCollector
 
-from router.core.fleet import Fleet, State
+from router.core.fleet import Fleet, State, Trust
+from router.core.trust import Cause, Doubt, trust_with
 from router.series import Counter, Counters, Histogram, Histograms
 
 # From a cached one-block prompt on a small model to a 100k-token prefill behind a queue.
 TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60)
 DURATION_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300, 600)
+# Around 1, where predictions come true: within a tenth, a fifth, half; then how far they are off.
+RATIO_BUCKETS = (0.1, 0.25, 0.5, 0.67, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2, 4, 10)
 # The router's own share: microseconds when idle, milliseconds when its loop is behind.
 OVERHEAD_BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1)
 # A body of the size limit holds the loop for 0.1 s; router.watchdog ends a process that is held for 10.
@@ -25,6 +28,11 @@ LAG_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 
 
 # Why a request was placed again: no connection to the replica, or its reply was cut.
 RETRY_REASONS = ("connect", "cut")
+# What became of datagrams between router processes: those of a process that is not known, whose signature is
+# another's, or that are no newer than what is known, are dropped.
+DATAGRAM_FATES = ("sent", "unsent", "taken", "stale", "unknown", "forged", "malformed")
+# Whether the owner of a request answered it; where it failed the request was served by the first router.
+OWNER_OUTCOMES = ("passed", "failed")
 
 # Of each model, by the field of ModelMetrics: its name for Prometheus, and what it is.
 COUNTERS = (
@@ -35,6 +43,11 @@ COUNTERS = (
     ("disconnects", "client_disconnects", "Requests given up because the client left."),
     ("truncated", "streams_truncated", "Streams that ended in an error after their first byte."),
     ("replica_failures", "replica_failures", "Times a replica was taken out of traffic."),
+    ("event_gaps", "kv_event_gaps", "Times that KV events were missing, and asked for again."),
+    ("events_lost", "kv_events_lost", "Times that KV events were lost, and what a cache holds with them."),
+    ("predictions", "predictions", "Predictions of cached tokens that an engine's report was compared with."),
+    ("predicted_cached", "predicted_cached_tokens", "Prompt tokens predicted to be cached, of these."),
+    ("reported_cached", "reported_cached_tokens", "Prompt tokens reported to be cached, of these."),
 )
 HISTOGRAMS = (
     (
@@ -49,6 +62,12 @@ HISTOGRAMS = (
         "From the request's last byte to the reply's last.",
         DURATION_BUCKETS,
     ),
+    (
+        "ttft_ratio",
+        "ttft_prediction_ratio",
+        "Time to first token over what was predicted of it, where the prompt was known.",
+        RATIO_BUCKETS,
+    ),
 )
 
 
@@ -58,6 +77,7 @@ class ModelMetrics:
 
     ttft: Histogram
     duration: Histogram
+    ttft_ratio: Histogram
     prompt_tokens: Counter
     cached_tokens: Counter
     output_tokens: Counter
@@ -65,7 +85,14 @@ class ModelMetrics:
     disconnects: Counter
     truncated: Counter
     replica_failures: Counter
+    event_gaps: Counter
+    events_lost: Counter
+    predictions: Counter
+    predicted_cached: Counter
+    reported_cached: Counter
     retries: dict[str, Counter]
+    misses: dict[Cause, Counter]
+    trust_changes: dict[Doubt | None, Counter]
 
 
 class Metrics:
@@ -77,6 +104,15 @@ class Metrics:
         requests = self._counter("requests", "Requests answered, by HTTP status.", "model", "path", "code")
         self._retries = self._counter(
             "retries", "Requests placed again after a replica failed them.", "model", "reason"
+        )
+        self._misses = self._counter(
+            "prediction_misses", "Predictions that were off by more than a block.", "model", "cause"
+        )
+        self._trust_changes = self._counter(
+            "trust_changes", "Times that the trust in a replica's cache changed.", "model", "to", "reason"
+        )
+        self.decisions = self._counter(
+            "route_decisions", "Placements, by what they came to for the prompt's cache.", "policy", "branch"
         )
         self._of_model = {field: self._counter(name, help_) for field, name, help_ in COUNTERS} | {
             field: self._histogram(name, help_, bounds, "model") for field, name, help_, bounds in HISTOGRAMS
@@ -91,32 +127,70 @@ class Metrics:
             "How much later than due the event loop came to a timer: what every request there waits as well.",
             LAG_BUCKETS,
         ).labels()
+        datagrams = self._counter("gossip_datagrams", "Datagrams between router processes.", "fate")
+        self.datagrams = {fate: datagrams.labels(fate) for fate in DATAGRAM_FATES}
+        relayed = self._counter(
+            "relayed_to_owner", "Requests passed on to the router process that owns them.", "outcome"
+        )
+        self.relayed_to_owner = {outcome: relayed.labels(outcome) for outcome in OWNER_OUTCOMES}
+        self.peers = self._gauge("gossip_peers", "Other router processes that speak.")
         self.connections = self._gauge("client_connections", "Open client connections.")
         self._replicas = self._gauge("replicas", "Replicas by state.", "model", "state")
         self._in_flight = self._gauge("requests_in_flight", "Requests at a replica now.", "model", "replica")
+        self._trust = self._gauge(
+            "replica_trust",
+            "How well a replica's cache is known: 1 at its state.",
+            "model",
+            "replica",
+            "state",
+        )
+        self._backlog = self._gauge(
+            "replica_backlog_seconds", "Prefill promised to a replica and not done yet.", "model", "replica"
+        )
+        self._factors = self._gauge(
+            "step_model_factor",
+            "What a replica's step times are, times those of its kind of engine, as learnt.",
+            "model",
+            "replica",
+            "phase",
+        )
         self.requests = requests.labels  # (model, path, code)
         self.of = cache(self._born)  # (model), only of models that exist
 
-    def observe(self, fleet: Fleet, promised: Iterable[str]) -> None:
+    def observe(self, fleet: Fleet, promised: Iterable[str], now: float) -> None:
         """Sets what is a state of the fleet, not an event; called when metrics are read.
 
         Replicas that left are forgotten, since ids are new with every start. A model's counters begin at zero
         when it is known: `increase()` does not see a counter that is born at one.
         """
-        self._replicas.clear()
-        self._in_flight.clear()
+        for gauge in (self._replicas, self._in_flight, self._trust, self._backlog, self._factors):
+            gauge.clear()
         tally = Tally((model, s.state) for s in fleet for model in s.replica.models)
         for model in {*promised, *fleet.models()}:
             self.of(model)
             for state in State:
                 self._replicas.labels(model, state).set(tally[model, state])
         for standing in fleet:
-            self._in_flight.labels(standing.replica.models[0], standing.id).set(standing.in_flight)
+            labels = (standing.replica.models[0], standing.id)
+            self._in_flight.labels(*labels).set(standing.in_flight)
+            for trust in Trust:
+                self._trust.labels(*labels, trust).set(trust is standing.trust)
+            self._backlog.labels(*labels).set(standing.backlog_s(now))
+            self._factors.labels(*labels, "prefill").set(standing.steps.prefill.value)
+            self._factors.labels(*labels, "decode").set(standing.steps.decode.value)
 
     def _born(self, model: str) -> ModelMetrics:
         retries = {reason: self._retries.labels(model, reason) for reason in RETRY_REASONS}
         children = {name: family.labels(model) for name, family in self._of_model.items()}
-        return ModelMetrics(**children, retries=retries)
+        return ModelMetrics(
+            **children,
+            retries=retries,
+            misses={cause: self._misses.labels(model, cause) for cause in Cause},
+            trust_changes={
+                kind: self._trust_changes.labels(model, trust_with(kind), kind or "proven")
+                for kind in (None, *Doubt)
+            },
+        )
 
     def _counter(self, name: str, help_: str, *labels: str) -> Counters:
         return Counters(self.registry, f"herd_{name}", help_, labels or ("model",))

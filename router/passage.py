@@ -44,7 +44,8 @@ class Reading(Protocol):
 
 
 class Passage:
-    """One reply of one replica. `first_output` is called once, when the first of it was passed on."""
+    """One reply of one replica. `first_output` is called once, when the first of it was passed on. `also`:
+    headers for the client beside the engine's."""
 
     def __init__(
         self,
@@ -54,6 +55,7 @@ class Passage:
         exchange: Exchange,
         metrics: ModelMetrics,
         first_output: Callable[[], None],
+        also: headers.Headers,
     ) -> None:
         self._call = call
         self._request_id = request_id
@@ -61,8 +63,15 @@ class Passage:
         self._exchange = exchange
         self._metrics = metrics
         self._first_output = first_output
+        self._also = also
         self._reading: Reading | None = None
         self.response_id: str | None = None  # of a stored response, once it is known
+        self.usage: Usage | None = None  # once the engine has reported it
+
+    @property
+    def error(self) -> bytes | None:
+        """With what the engine ended its stream, if it was an error."""
+        return self._reading.error if self._reading is not None else None
 
     async def run(self) -> None:
         """Passes all of it on. Raises ReplyCut where something is missing."""
@@ -180,26 +189,26 @@ class Passage:
 
     def _returned(self) -> headers.Headers:
         """The engine's headers for the client, and the request's id."""
-        return [*self._exchange.head.passed, (b"x-request-id", self._request_id)]
+        return [*self._exchange.head.passed, (b"x-request-id", self._request_id), *self._also]
 
     def _note_stream(self, reading: Reading) -> None:
         family = self._call.family
         self._metrics.events.inc(reading.events)
-        count(self._metrics, family.streamed_usage(reading))
+        self._count(family.streamed_usage(reading))
         self.response_id = family.streamed_id(reading)
 
     def _note_whole(self, body: bytes) -> None:
         family = self._call.family
-        count(self._metrics, family.usage_of(body))
+        self._count(family.usage_of(body))
         self.response_id = family.id_of(body)
 
-
-def count(metrics: ModelMetrics, usage: Usage | None) -> None:
-    """Adds an engine's token counts."""
-    if usage is not None:
-        metrics.prompt_tokens.inc(usage.prompt_tokens)
-        metrics.cached_tokens.inc(usage.cached_tokens)
-        metrics.output_tokens.inc(usage.completion_tokens or 0)
+    def _count(self, usage: Usage | None) -> None:
+        """Adds the engine's token counts."""
+        self.usage = usage
+        if usage is not None:
+            self._metrics.prompt_tokens.inc(usage.prompt_tokens)
+            self._metrics.cached_tokens.inc(usage.cached_tokens)
+            self._metrics.output_tokens.inc(usage.completion_tokens or 0)
 
 
 def is_event_stream(head: Head) -> bool:

@@ -21,7 +21,7 @@ import msgspec
 from router.errors import ListenError
 from router.http import listener
 from router.http.server import Server
-from router.port import Member, Port
+from router.port import Contact, Member, Port
 from router.run_directory import this_process
 
 log = logging.getLogger(__name__)
@@ -83,6 +83,10 @@ class Place:
     def announce(self, admin_port: int) -> None:
         """Tells where this process can be looked at."""
         self._tell(admin_port=admin_port)
+
+    def introduce(self, contact: Contact) -> None:
+        """Tells the others how they reach this process."""
+        self._tell(contact=contact)
 
     async def open(self) -> None:
         """From now on this process takes connections, unless it was retired meanwhile. Raises ListenError."""

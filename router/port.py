@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import hashlib
 import os
 import shutil
 import stat
@@ -26,6 +27,29 @@ from router.run_directory import Process
 LOCK_LOOK_S = 0.01  # the lock is held for milliseconds
 
 
+class Contact(msgspec.Struct, frozen=True):
+    """A router process to the others: where it listens, and the key (hex) of what it says.
+
+    `direct`: where it takes requests that others pass on to it.
+    """
+
+    name: str
+    host: str
+    port: int
+    key: str
+    direct: int | None = None
+
+    @property
+    def url(self) -> str:
+        """Where requests are passed on to it."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.direct}"
+
+    def sign(self, report: bytes) -> bytes:
+        """Tells that a report is this process's."""
+        return hashlib.blake2b(report, key=self.key.encode(), digest_size=16).digest()
+
+
 class Member(msgspec.Struct, frozen=True):
     """One router process on the port, as it tells the others."""
 
@@ -34,6 +58,7 @@ class Member(msgspec.Struct, frozen=True):
     fleet: str
     rank: int | None = None  # None: it is leaving
     admin_port: int | None = None
+    contact: Contact | None = None
     listeners: tuple[int, ...] = ()  # the inodes of its listening sockets
 
     @property

@@ -91,6 +91,9 @@ class Reading:
     reason: str = ""
 
 
+UNREAD = Reading(None, reason="the policy does not go by prompts")
+
+
 @dataclass(frozen=True, slots=True)
 class Tokens:
     """Token ids as the engine will make them (little-endian uint32); `withheld`: why they are not sent."""

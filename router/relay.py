@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from random import getrandbits
@@ -19,9 +20,13 @@ from urllib.parse import unquote
 import msgspec
 
 from router import multipart, openai_api, responses_api
-from router.affinity import affinity_key
-from router.core.fleet import Fleet, Flight, Replica
-from router.core.placement import KEYED, Placement, Policy
+from router.affinity import affinity_key, session
+from router.arrivals import Arrivals
+from router.caches import Caches
+from router.config import RouterConfig
+from router.core.fleet import Fleet, Flight, Replica, View
+from router.core.placement import KEYED, POLICIES, PROMPTED, Placement
+from router.decisions import Decision, Decisions
 from router.errors import (
     ApiError,
     ConnectFailed,
@@ -39,6 +44,7 @@ from router.http.upstream import Exchange, Upstreams
 from router.keepers import Keepers
 from router.metrics import Metrics, ModelMetrics
 from router.passage import Passage
+from router.prompts import UNREAD, Reading
 
 log = logging.getLogger(__name__)
 
@@ -56,32 +62,45 @@ class Journey:
     request_id: bytes
     reply: Reply
     metrics: ModelMetrics
+    reading: Reading = UNREAD
+    decision: Decision | None = None
     flight: Flight | None = None
     passage: Passage | None = None
 
 
 class Relay:
-    """Answers client requests from a fleet; what goes wrong at a replica is told to the watch."""
+    """Answers client requests from a fleet.
+
+    What goes wrong at a replica is told to `watch`. `placed` hears at which replica each request is.
+    """
 
     def __init__(
         self,
+        config: RouterConfig,
         fleet: Fleet,
-        policy: Policy,
         metrics: Metrics,
         watch: Watch,
+        caches: Caches,
         upstreams: Upstreams,
+        placed: Callable[[str], None],
         promised: tuple[str, ...] = (),
-        aliases: openai_api.Aliases = openai_api.NO_ALIASES,
     ) -> None:
+        self._policy = POLICIES[config.policy]
+        self._keyed = self._policy in KEYED
+        self._prompted = self._policy in PROMPTED
+        self._aliases = config.aliases
+        self._allow_transfer = config.allow_kv_transfer_params
         self._fleet = fleet
-        self._policy = policy
-        self._keyed = policy in KEYED
         self._metrics = metrics
         self._watch = watch
-        self._promised = promised
-        self._aliases = aliases
+        self._tokenizers = caches.tokenizers
+        self._parity = caches.parity
         self._upstreams = upstreams
+        self._placed = placed
+        self._promised = promised
         self._keepers = Keepers(fleet, watch)
+        self.decisions = Decisions(config.policy, config.decisions, metrics.decisions)
+        self.arrivals = Arrivals()
         self._started = int(time.time())
 
     async def __call__(self, request: Request, reply: Reply) -> None:
@@ -173,20 +192,19 @@ class Relay:
         content_type = request.header(b"content-type") if family.forms else None
         if content_type is not None and multipart.is_form(content_type):
             return openai_api.parse_form(family, content_type, request.body, self._aliases)
-        return openai_api.parse(family, request.body, self._aliases)
+        return openai_api.parse(family, request.body, self._aliases, allow_transfer=self._allow_transfer)
 
     async def _carry(self, journey: Journey, keeper: str | None) -> None:
         """Tries replicas until one has answered; each is tried once. `keeper`: the only one that can."""
         key = affinity_key(journey.call, journey.request.headers) if self._keyed else None
+        if self._prompted or self.arrivals.wanted(journey.request.received_at):
+            journey.reading = await self._tokenizers.read(journey.call)
         tried: frozenset[str] = frozenset()
         while True:
-            if keeper is None:
-                placement = self._place(journey.call.model, key, tried)
-            else:
-                placement = self._keepers.place(keeper, journey.call.model, tried)
-            replica_id = placement.standing.id
+            decision = journey.decision = self._place(journey, key, keeper, tried)
+            replica_id = decision.standing.id
             try:
-                await self._try(journey, placement)
+                await self._try(journey, decision)
                 return
             except UpstreamError as error:
                 self._blame(replica_id, error, journey)
@@ -197,31 +215,62 @@ class Relay:
                     return
                 tried |= {replica_id}
 
-    def _place(self, model: str, key: int | None, tried: frozenset[str]) -> Placement:
-        placement = self._policy(self._fleet.view(model, getrandbits(64), key).without(tried))
+    def _place(
+        self, journey: Journey, key: int | None, keeper: str | None, tried: frozenset[str]
+    ) -> Decision:
+        model, now = journey.call.model, asyncio.get_running_loop().time()
+        placement: Placement | None
+        if keeper is None:
+            view = self._fleet.view(model, getrandbits(64), key, now, journey.reading.prompt).without(tried)
+            placement = self._policy(view)
+        else:
+            placement = self._keepers.place(keeper, model, tried)
+            view = View((placement.standing,), now=now)
         if placement is not None:
-            return placement
+            return self.decisions.placed(journey.request_id, model, view, placement, journey.decision)
         if tried:
             raise UpstreamBroken(
                 f"The request failed on all {len(tried)} replicas of {model!r} that were ready"
             )
         raise NoCapacity(f"No replica of {model!r} can take requests now", retry_after=RETRY_AFTER_S)
 
-    async def _try(self, journey: Journey, placement: Placement) -> None:
+    async def _try(self, journey: Journey, decision: Decision) -> None:
         """One attempt on one replica, counted for as long as it lasts."""
-        replica = placement.standing.replica
+        replica = decision.standing.replica
         loop = asyncio.get_running_loop()
         upstream = self._upstreams.at(replica.url)
-        message = upstream_message(journey, replica, upstream.authority)
+        prompt_ids = self._prompt_ids(journey, decision)
+        message = upstream_message(journey, replica, upstream.authority, prompt_ids)
         self._metrics.overhead.observe(loop.time() - journey.request.received_at)
-        journey.flight = self._fleet.started(replica.id, loop.time())
+        call, prompt = journey.call, journey.reading.prompt
+        journey.flight = self._fleet.started(
+            replica.id, loop.time(), prompt, decision.cached, silent=not call.stream
+        )
+        self._placed(replica.id)
+        decision.ttft_s = journey.flight.forecast.ttft_s
         try:
             with await upstream.exchange(message) as exchange:
-                await self._pass_on(journey, exchange)
+                await self._pass_on(journey, decision, exchange)
+        except BaseException as error:
+            decision.failed(error)
+            raise
         finally:
-            self._fleet.finished(journey.flight, loop.time())
+            decision.ended(loop.time(), journey.reply.status)
+            self._fleet.finished(journey.flight, loop.time(), _stream_tokens(journey))
 
-    async def _pass_on(self, journey: Journey, exchange: Exchange) -> None:
+    def _prompt_ids(self, journey: Journey, decision: Decision) -> bytes | None:
+        """The prompt's token ids if the replica is to get them in place of the text; some are checked."""
+        reading, standing = journey.reading, decision.standing
+        if reading.prompt is None or not reading.sendable or not standing.takes_ids:
+            decision.token_ids = reading.reason or standing.trust_reason
+            return None
+        decision.token_ids = "sent"
+        prompt_ids = reading.prompt.token_ids
+        assert prompt_ids is not None
+        self._parity.sampled(journey.request_id, journey.call, standing.id, prompt_ids)
+        return prompt_ids
+
+    async def _pass_on(self, journey: Journey, decision: Decision, exchange: Exchange) -> None:
         call, flight = journey.call, journey.flight
         assert flight is not None
         passage = journey.passage = Passage(
@@ -231,20 +280,29 @@ class Relay:
             exchange,
             journey.metrics,
             partial(self._first_output, journey),
+            self.decisions.headers(decision),
         )
         try:
             await passage.run()
         finally:
+            decision.answered(passage.usage, passage.error)
+            if passage.usage is not None:
+                self._parity.reported(flight, journey.reading.prompt, passage.usage)
             if call.family.keeps:
                 self._keepers.learn(passage.response_id, flight.standing.id)
-        elapsed = asyncio.get_running_loop().time() - journey.request.received_at
-        journey.metrics.duration.observe(elapsed)
+        came_at, now = journey.request.received_at, asyncio.get_running_loop().time()
+        journey.metrics.duration.observe(now - came_at)
+        if decision.usage is not None and self.arrivals.wanted(now):
+            named = session(journey.request.headers)
+            self.arrivals.note(came_at, decision.usage, journey.reading.prompt, named)
 
     # -- what is noted
 
     def _first_output(self, journey: Journey) -> None:
-        assert journey.flight is not None
+        assert journey.flight is not None and journey.decision is not None
         now = asyncio.get_running_loop().time()
+        if (ratio := journey.decision.first_output(now)) is not None:
+            journey.metrics.ttft_ratio.observe(ratio)
         self._fleet.first_token(journey.flight, now)
         journey.metrics.ttft.observe(now - journey.request.received_at)
 
@@ -280,16 +338,29 @@ def request_id_of(request: Request) -> bytes:
     return os.urandom(16).hex().encode("ascii")
 
 
-def upstream_message(journey: Journey, replica: Replica, authority: bytes) -> bytes:
+def _stream_tokens(journey: Journey) -> int:
+    """How many tokens came one after the other, if that can be told: choices of one request share a count."""
+    usage = journey.passage.usage if journey.passage is not None else None
+    if usage is None or "n" in journey.call.fields:
+        return 0
+    return usage.completion_tokens or 0
+
+
+def upstream_message(journey: Journey, replica: Replica, authority: bytes, prompt_ids: bytes | None) -> bytes:
     """The request as the engine gets it."""
     call, request = journey.call, journey.request
     nameless = call.kept is not None and call.kept.nameless
-    body = call.upstream_body(responses_api.new_id(replica.id) if nameless else None)
+    body = call.upstream_body(responses_api.new_id(replica.id) if nameless else None, prompt_ids)
+    return message(request, body, journey.request_id, authority)
+
+
+def message(request: Request, body: bytes, request_id: bytes, authority: bytes) -> bytes:
+    """A client's request with this body, to an engine or another router."""
     lines = [
         b"%b %b HTTP/1.1" % (request.method.encode("ascii"), request.target.encode("latin-1")),
         b"host: " + authority,
         b"content-length: %d" % len(body),
-        b"x-request-id: " + journey.request_id,
+        b"x-request-id: " + request_id,
     ]
     lines += [b"%b: %b" % header for header in headers.to_engine(request.headers)]
     return b"\r\n".join(lines) + b"\r\n\r\n" + body

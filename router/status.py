@@ -54,10 +54,20 @@ class Status:
         return "\n".join([*lines, *routers, "", *_table(REPLICAS, self.fleet["replicas"])])
 
 
+def admins_of_fleet(record: Record) -> list[str]:
+    """The admin ports of what `herd up` runs, as URLs."""
+    admin = urlsplit(record.admin)
+    first = admin.port or 0
+    return [f"http://{admin.hostname}:{port}" for port in range(first, first + record.routers)]
+
+
+def admins_of_port(port: int) -> list[str]:
+    """Those of what `herd route` runs on a port of this machine."""
+    return [f"http://127.0.0.1:{m.admin_port}" for m in Port(port).members() if m.admin_port]
+
+
 def of_fleet(record: Record) -> Status:
     """What `herd up` runs."""
-    admin = urlsplit(record.admin)
-    ports = range(admin.port or 0, (admin.port or 0) + record.routers)
     places = {
         "endpoint": f"{record.endpoint}/v1",
         "admin": record.admin,
@@ -65,23 +75,23 @@ def of_fleet(record: Record) -> Status:
         "engine": record.engine,
     }
     trouble = "The router does not answer." if record.ready else "No router answers yet."
-    fleet = _seen_by_all(admin.hostname or "", ports)
+    fleet = _seen_by_all(admins_of_fleet(record))
     return Status(places, msgspec.to_builtins(record), fleet, trouble)
 
 
 def of_port(port: int) -> Status | None:
     """What `herd route` runs on a port of this machine; None if there is nothing."""
-    ports = [member.admin_port for member in Port(port).members() if member.admin_port]
-    if not ports:
+    admins = admins_of_port(port)
+    if not admins:
         return None
-    where = {"endpoint": f"http://127.0.0.1:{port}", "admin": f"http://127.0.0.1:{ports[0]}"}
+    where = {"endpoint": f"http://127.0.0.1:{port}", "admin": admins[0]}
     places = {**where, "endpoint": f"{where['endpoint']}/v1"}
-    return Status(places, where, _seen_by_all("127.0.0.1", ports), "The router does not answer.")
+    return Status(places, where, _seen_by_all(admins), "The router does not answer.")
 
 
-def _seen_by_all(host: str, admin_ports: Sequence[int]) -> dict[str, Any] | None:
+def _seen_by_all(admins: Sequence[str]) -> dict[str, Any] | None:
     """The fleet as the first process that answers sees it, with what only the others know of their own."""
-    seen = [fleet for port in admin_ports if (fleet := _seen_by_one(host, port)) is not None]
+    seen = [fleet for admin in admins if (fleet := _seen_by_one(admin)) is not None]
     if not seen:
         return None
     fleet = seen[0]
@@ -98,9 +108,9 @@ def _summed(replica: dict[str, Any], views: list[dict[str, Any]]) -> dict[str, A
     return {**replica, **{count: sum(view[count] for view in same) for count in COUNTED}}
 
 
-def _seen_by_one(host: str, admin_port: int) -> dict[str, Any] | None:
+def _seen_by_one(admin: str) -> dict[str, Any] | None:
     try:
-        reply = httpx.get(f"http://{host}:{admin_port}/fleet", timeout=5, trust_env=False)
+        reply = httpx.get(f"{admin}/fleet", timeout=5, trust_env=False)
         reply.raise_for_status()
         return dict(reply.json())
     except httpx.HTTPError:

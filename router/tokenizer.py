@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from router.core.blocks import Prompt
 from router.core.fleet import Replica
 from router.openai_api import Call
 from router.prompter import Prompter
@@ -95,6 +96,12 @@ class Tokenizers:
             return read(call, entry.prompter, adapter)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, read, call, entry.prompter, adapter)
+
+    async def prompt(self, call: Call) -> Prompt:
+        """The prompt of a chat or completion."""
+        prompt = (await self.read(call)).prompt
+        assert prompt is not None
+        return prompt
 
     def lacking(self, model: str) -> str | None:
         """Why a model's requests are known by their text; None if they are known by their tokens."""

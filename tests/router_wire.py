@@ -6,9 +6,14 @@ import asyncio
 import contextlib
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any
 
+from router.caches import Caches
+from router.config import RouterConfig
 from router.core.fleet import Fleet, Replica
 from router.core.placement import least_requests
+from router.decisions import AS_USUAL, DecisionsConfig
+from router.front import FrontDoor
 from router.health import Watch
 from router.http.cors import Cors
 from router.http.requests import Limits
@@ -146,7 +151,11 @@ async def serving(
 
 @contextlib.asynccontextmanager
 async def relaying(
-    *urls: str, policy=least_requests, models: Sequence[str] = (), aliases: Aliases | None = None
+    *urls: str,
+    policy=least_requests,
+    models: Sequence[str] = (),
+    aliases: Aliases | None = None,
+    decisions: DecisionsConfig = AS_USUAL,
 ) -> AsyncIterator[tuple[Relay, Fleet, int]]:
     """A relay in front of these engines; ids are r0, r1, ... Each serves its one of `models`, else `m`."""
     fleet = Fleet()
@@ -155,12 +164,30 @@ async def relaying(
         fleet.joined(Replica(id=f"r{i}", url=url, models=(model,), max_model_len=100), now=0.0)
     metrics = Metrics()
     upstreams = Upstreams()
-    relay = Relay(fleet, policy, metrics, Watch(fleet, metrics), upstreams, (), aliases or {})
+    config = RouterConfig(policy=policy.__name__, aliases=aliases or {}, decisions=decisions)
+    caches = Caches(config, fleet, metrics)
+    watch = Watch(fleet, metrics, caches)
+    relay = Relay(config, fleet, metrics, watch, caches, upstreams, placed=len)
     async with serving(relay) as (_, port):
         try:
             yield relay, fleet, port
         finally:
             upstreams.close()
+            await caches.tokenizers.stop()
+
+
+@contextlib.asynccontextmanager
+async def front_door(**settings: Any) -> AsyncIterator[FrontDoor]:
+    """A whole router process for model `m`, on free ports; replicas are announced to it by the test."""
+    usual = {"host": "127.0.0.1", "port": 0, "admin_port": 0, "policy": "least_requests"}
+    config = RouterConfig(**usual | settings)
+    front = FrontDoor(config, promised=("m",))
+    await front.start()
+    await front.open()
+    try:
+        yield front
+    finally:
+        await front.stop(0)
 
 
 class Client:
@@ -215,6 +242,18 @@ async def client(port: int) -> AsyncIterator[Client]:
         writer.close()
         with contextlib.suppress(ConnectionError):
             await writer.wait_closed()
+
+
+async def said(port: int, message: bytes) -> tuple[int, dict[str, str], bytes]:
+    """The reply to a message on a connection of its own."""
+    async with client(port) as c:
+        await c.send(message)
+        return await c.reply()
+
+
+async def get(port: int, path: str, *headers: str) -> tuple[int, dict[str, str], bytes]:
+    """What is at this path."""
+    return await said(port, "\r\n".join([f"GET {path} HTTP/1.1", "host: h", *headers, "", ""]).encode())
 
 
 def post(path: str, body: bytes, *headers: str) -> bytes:

@@ -21,6 +21,8 @@ T = TypeVar("T")
 
 ROOT = Path(__file__).resolve().parent.parent
 HERD = (sys.executable, "-m", "router.cli")
+# A router gets so many admin ports in a row; no test has more processes in one.
+PROCESSES = 4
 # Between two looks: short against what is waited for, long against what a look costs.
 POLL_S = 0.05
 # A process that got SIGTERM and is still there after this gets SIGKILL.
@@ -184,8 +186,8 @@ def simulated_engine(start: Start, *flags: str) -> Server:
 
 
 def router(start: Start, *engines: Server, flags: Sequence[str] = ()) -> Server:
-    """`herd route` in front of these engines, when all of them get requests."""
-    port, admin_port = free_port(), free_port()
+    """`herd route` in front of these engines, when all of them get requests (from its first process)."""
+    port, admin_port = free_port(), free_ports(PROCESSES)
     ports = ("--host", "127.0.0.1", "--port", str(port), "--admin-port", str(admin_port))
     running = start(*HERD, "route", *ports, *flags, "--worker-urls", *(engine.url for engine in engines))
     server = Server(running, f"http://127.0.0.1:{port}", f"http://127.0.0.1:{admin_port}")

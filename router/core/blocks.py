@@ -15,6 +15,8 @@ TOKEN_BYTES = 4  # token ids travel as little-endian uint32, the form that fasto
 # has four bytes a token.
 TEXT_BLOCK_BYTES = 256
 TEXT_BLOCK_TOKENS = 64
+# Keys have 60 bits: Python keeps those in 32 bytes, longer ones in 48.
+SPARE_BITS = 4
 
 Keys = list[int]
 
@@ -29,7 +31,7 @@ def root_key(adapter: str | None = None, salt: str | None = None) -> int:
 def chain(data: bytes | memoryview, width: int, parent: int) -> Keys:
     """One key for each full `width` bytes of `data`, each over its bytes and the key before it."""
     return [
-        parent := xxh3_64_intdigest(data[start : start + width], parent)
+        parent := xxh3_64_intdigest(data[start : start + width], parent) >> SPARE_BITS
         for start in range(0, len(data) - width + 1, width)
     ]
 

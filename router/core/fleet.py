@@ -8,20 +8,34 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from math import exp
 from typing import NamedTuple
 
+import msgspec
+
 from router.core.blocks import TEXT_BLOCK_TOKENS, Keys, Prompt
-from router.core.kv_events import KVEvent
-from router.core.kv_index import KVIndex
+from router.core.kv_events import AllBlocksCleared, KVEvent
+from router.core.kv_index import HISTORY, KVIndex, bits_of
 from router.core.step_model import StepModel
+
+# A router with a share of the replicas leaves it while it has so many times the average to do: then a cache
+# is worth less than a place. As for the bound of consistent_hash, small differences are no reason.
+SPILL = 1.5
+# Tokens of KV cache of an engine that does not tell: an 8B model in 16 bits on a GPU of 80 GB has 450,000.
+UNTOLD_CAPACITY = 400_000
+# What counts as lately (seconds): a few answers long, so that it tells what a stream will meet.
+RECENT_S = 60.0
+# A replica that seems to do nothing but prefill still decodes now and then.
+MOST_BUSY = 0.9
 
 
 @dataclass(frozen=True, slots=True)
 class Replica:
     """One engine as membership announced it and as it described itself. `id` is new with every start.
 
-    `block_size` (tokens) and `num_blocks` are those of its KV cache. `root`: where its model came from, as it
-    says. `adapters`: those of its models that are LoRA adapters.
+    `block_size` (tokens) and `num_blocks` are those of its KV cache. `prefix_caching`: it keeps what it
+    computed. `ranks`: data-parallel engines, each with a cache of its own. `root`: where its model came from,
+    as it says. `adapters`: those of its models that are LoRA adapters.
     """
 
     id: str
@@ -33,6 +47,8 @@ class Replica:
     num_blocks: int | None = None
     kv_events: str | None = None
     kv_replay: str | None = None
+    prefix_caching: bool = True
+    ranks: int = 1
     root: str | None = None
     adapters: frozenset[str] = frozenset()
 
@@ -56,14 +72,17 @@ class Trust(StrEnum):
     LOAD = "load"
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
-    """Work at a replica: requests, seconds of prefill promised, sequences decoding, tokens behind those."""
+class Load(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Work at a replica: requests, seconds of prefill promised, sequences decoding, tokens behind those.
+
+    `recent_s`: seconds of prefill that were promised lately (RECENT_S), done or not.
+    """
 
     in_flight: int = 0
     prefill_s: float = 0.0
     decoding: int = 0
     context: int = 0
+    recent_s: float = 0.0
 
     def __add__(self, other: Load) -> Load:
         return Load(
@@ -71,7 +90,11 @@ class Load:
             self.prefill_s + other.prefill_s,
             self.decoding + other.decoding,
             self.context + other.context,
+            self.recent_s + other.recent_s,
         )
+
+
+NO_LOAD = Load()
 
 
 @dataclass(slots=True)
@@ -79,6 +102,7 @@ class Standing:
     """How a replica stands at this moment; policies read it, only the Fleet writes it.
 
     `bit`: its place in the KV index. `key_blocks`: how many tokens one of its keys covers; 0 for text keys.
+    `takes_ids`: its engine renders and tokenises as the router does, so the router's token ids may be sent.
     `elsewhere`: what the other routers have there.
     """
 
@@ -94,10 +118,13 @@ class Standing:
     trust: Trust = Trust.LOAD
     trust_reason: str = "nothing is known of its cache yet"
     key_blocks: int = 0
-    elsewhere: Load = Load()
+    takes_ids: bool = False
+    elsewhere: Load = NO_LOAD
     prefills: dict[int, Flight] = field(default_factory=dict)  # in order of their start
     prefill_s: float = 0.0  # of all of them
     prefilled_s: float = 0.0  # of all that were before
+    recent_s: float = 0.0  # of all that were promised, the older the less, as of `recent_at`
+    recent_at: float = 0.0
     head_since: float = 0.0
     decoding: int = 0
     context: int = 0
@@ -106,13 +133,44 @@ class Standing:
     def id(self) -> str:
         return self.replica.id
 
+    @property
+    def capacity(self) -> int:
+        """How many of its keys its cache holds."""
+        tokens = (self.replica.num_blocks or 0) * (self.replica.block_size or 0) or UNTOLD_CAPACITY
+        return tokens // (self.key_blocks or TEXT_BLOCK_TOKENS)
+
+    @property
+    def known_by(self) -> int:
+        """Its bit in the KV index: of what its events told, or of what was sent there."""
+        return self.bit if self.trust is Trust.EXACT else self.bit << HISTORY
+
+    @property
+    def requests(self) -> int:
+        """Requests in flight here, of all routers."""
+        return self.in_flight + self.elsewhere.in_flight
+
+    def own_load(self, now: float) -> Load:
+        """What this router has here."""
+        backlog, recent = self._own_backlog_s(now), self._own_recent_s(now)
+        return Load(self.in_flight, backlog, self.decoding, self.context, recent)
+
     def backlog_s(self, now: float) -> float:
         """Seconds of prefill that were promised here, by all routers, and are not done yet."""
+        return self._own_backlog_s(now) + self.elsewhere.prefill_s
+
+    def _own_backlog_s(self, now: float) -> float:
         if not self.prefills:
-            return self.elsewhere.prefill_s
+            return 0.0
         head = next(iter(self.prefills.values()))
         done = min(max(0.0, now - self.head_since), head.forecast.prefill_s)
-        return self.prefill_s - done + self.elsewhere.prefill_s
+        return self.prefill_s - done
+
+    def _own_recent_s(self, now: float) -> float:
+        return self.recent_s * exp((self.recent_at - now) / RECENT_S)
+
+    def busy(self, now: float) -> float:
+        """The share of its time that it prefills, if what comes is as what came lately; at most MOST_BUSY."""
+        return min(MOST_BUSY, (self._own_recent_s(now) + self.elsewhere.recent_s) / RECENT_S)
 
     def step_s(self) -> float:
         """Seconds of a step that only decodes, with all that decode here now."""
@@ -125,7 +183,8 @@ class Standing:
         prefill = self.steps.prefill_s(num_tokens - before, before) + self.steps.loading_s(cached.slower)
         backlog = self.backlog_s(now)
         step = self.step_s()
-        return Forecast(backlog, prefill, step, self.steps.first_token_s(backlog + prefill, step))
+        ttft = self.steps.first_token_s(backlog + prefill, step)
+        return Forecast(backlog, prefill, step, ttft, self.busy(now), self.decoding + self.elsewhere.decoding)
 
 
 class Cached(NamedTuple):
@@ -143,12 +202,22 @@ NOTHING_CACHED = Cached()
 
 
 class Forecast(NamedTuple):
-    """Seconds: of prefill ahead of a request, of its own prefill, of a step there, until its first token."""
+    """Seconds: of prefill ahead of a request, of its own prefill, of a step there, until its first token.
+
+    `busy`: the share of time that goes into prefill there, below 1. `decoding`: streams there.
+    """
 
     backlog_s: float
     prefill_s: float
     step_s: float
     ttft_s: float
+    busy: float
+    decoding: int
+
+    @property
+    def pace_s(self) -> float:
+        """Seconds between two tokens of a stream there, what is prefilled meanwhile included."""
+        return self.step_s / (1 - self.busy)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +251,10 @@ class Flight:
     """One request at one replica, from `started` to `finished`.
 
     `cached` and `forecast`: what was predicted. `expected`: keys of the blocks that it brings, until events
-    confirm them. `prefilled_s`: what the replica had prefilled when this one's first token came.
+    confirm them; `known_by`: as in Standing when it started. `confirmed`: events had told all of `cached`,
+    nothing of it was only promised. `history`: keys to remember if no events tell.
+    `prefilled_s`: what the replica had prefilled when this one's first token came. `silent`: nothing is seen
+    of it before its end; it counts as prefilled when it should be.
     """
 
     standing: Standing
@@ -191,8 +263,18 @@ class Flight:
     cached: Cached
     forecast: Forecast
     expected: Keys = field(default_factory=list)
+    known_by: int = 0
+    confirmed: bool = True
+    history: Keys = field(default_factory=list)
     prefilled_s: float = 0.0
+    silent: bool = False
     first_token_at: float | None = None
+
+
+def _overfull(own: tuple[Standing, ...], every: tuple[Standing, ...]) -> bool:
+    """Whether a replica of a share has on average over SPILL times what one of all has."""
+    most = SPILL * (sum([s.requests for s in every]) + 1) / len(every)
+    return sum([s.requests for s in own]) / len(own) > most
 
 
 @dataclass(slots=True)
@@ -201,7 +283,8 @@ class Fleet:
 
     index: KVIndex = field(default_factory=KVIndex)
     _standings: dict[str, Standing] = field(default_factory=dict)
-    _ready: dict[str, tuple[Standing, ...]] = field(default_factory=dict)
+    _ready: dict[str, tuple[tuple[Standing, ...], tuple[Standing, ...]]] = field(default_factory=dict)
+    _share: frozenset[str] | None = None
     _turns: int = 0
 
     # -- replicas come, go, fail
@@ -239,24 +322,45 @@ class Fleet:
 
     # -- what replicas hold
 
-    def trusted(self, replica_id: str, trust: Trust, reason: str, key_blocks: int) -> None:
-        """How well the replica's cache is known from now on; `key_blocks` as in Standing."""
+    def trusted(
+        self, replica_id: str, trust: Trust, reason: str, key_blocks: int, takes_ids: bool = False
+    ) -> None:
+        """How well the replica's cache is known from now on; `key_blocks` and `takes_ids` as in Standing."""
         standing = self._standings[replica_id]
-        if (trust, key_blocks) != (standing.trust, standing.key_blocks):
-            self.index.forget(standing.bit)
-        standing.trust, standing.trust_reason, standing.key_blocks = trust, reason, key_blocks
+        standing.trust, standing.trust_reason = trust, reason
+        standing.key_blocks, standing.takes_ids = key_blocks, takes_ids
 
-    def apply(self, replica_id: str, event: KVEvent) -> None:
-        """What a replica's cache gained or lost."""
+    def apply(self, replica_id: str, event: KVEvent) -> Keys:
+        """What a replica's cache gained or lost. Returns the keys of the blocks that left."""
         standing = self._standings.get(replica_id)
-        if standing is not None:
-            self.index.apply(standing.bit, event)
+        if standing is None or not self.knows(replica_id):
+            return []
+        if isinstance(event, AllBlocksCleared):
+            standing.bit = self.index.forget(standing.bit)
+            return []
+        return self.index.apply(standing.bit, event)
 
     def forget(self, replica_id: str) -> None:
         """Events were lost: what the replica holds is to be learnt anew."""
         standing = self._standings.get(replica_id)
         if standing is not None:
-            self.index.forget(standing.bit)
+            standing.bit = self.index.forget(standing.bit)
+
+    def divided(self, share: frozenset[str]) -> None:
+        """From now on this router knows the caches of these replicas only, and places requests there."""
+        for replica_id in self._standings.keys() - share:
+            self.forget(replica_id)
+        self._share = share
+        self._ready.clear()
+
+    def knows(self, replica_id: str) -> bool:
+        """Whether this router is to know what the replica caches."""
+        return self._share is None or replica_id in self._share
+
+    def is_hybrid(self, replica_id: str) -> bool:
+        """Whether its events tell of several groups of KV cache: a prefix needs a block of each."""
+        standing = self._standings.get(replica_id)
+        return standing is not None and len(self.index.source(standing.bit).groups) > 1
 
     # -- requests
 
@@ -266,18 +370,26 @@ class Fleet:
         now: float,
         prompt: Prompt | None = None,
         cached: Cached = NOTHING_CACHED,
+        silent: bool = False,
     ) -> Flight:
         """A request was placed on the replica. Counted at once, so that the next placement sees it."""
         standing = self._standings[replica_id]
+        self._settle(standing, now)
         num_tokens = prompt.num_tokens if prompt is not None else 0
-        flight = Flight(standing, now, num_tokens, cached, standing.forecast(num_tokens, cached, now))
+        forecast = standing.forecast(num_tokens, cached, now)
+        flight = Flight(standing, now, num_tokens, cached, forecast, silent=silent)
         if prompt is not None and standing.trust is not Trust.LOAD:
-            flight.expected = prompt.keys(standing.key_blocks)[cached.blocks :]
-            self.index.expect(standing.bit, flight.expected)
+            keys, flight.known_by = prompt.keys(standing.key_blocks), standing.known_by
+            flight.expected = self.index.expect(flight.known_by, keys[cached.blocks :])
+            last = keys[max(0, cached.blocks - 1) : cached.blocks]
+            flight.confirmed = self.index.told(last, standing.bit) == len(last)
+            flight.history = keys if standing.trust is Trust.APPROXIMATE else []
         if not standing.prefills:
             standing.head_since = now
         standing.prefills[id(flight)] = flight
         standing.prefill_s += flight.forecast.prefill_s
+        standing.recent_s = standing._own_recent_s(now) + flight.forecast.prefill_s
+        standing.recent_at = now
         standing.in_flight += 1
         standing.awaiting_first_token += 1
         self._turns += 1
@@ -287,15 +399,32 @@ class Fleet:
         """The first output of the request was seen; later calls change nothing."""
         if flight.first_token_at is not None:
             return
-        flight.first_token_at = now
+        if not flight.silent:
+            forecast = flight.forecast
+            prefill = forecast.backlog_s + forecast.prefill_s
+            flight.standing.steps.observe_first_token(forecast.ttft_s, prefill, now - flight.started_at)
+        self._decodes(flight, now)
+
+    def _settle(self, standing: Standing, now: float) -> None:
+        """Those at the head of the line that say nothing go on when they should be prefilled."""
+        while standing.prefills:
+            head = next(iter(standing.prefills.values()))
+            due = head.started_at + head.forecast.ttft_s
+            if not head.silent or now < due:
+                return
+            self._decodes(head, due)
+
+    def _decodes(self, flight: Flight, now: float) -> None:
+        """The request is prefilled, and the engine generates."""
         standing, forecast = flight.standing, flight.forecast
-        prefill = forecast.backlog_s + forecast.prefill_s
-        standing.steps.observe_first_token(forecast.ttft_s, prefill, now - flight.started_at)
+        flight.first_token_at = now
         self._prefilled(flight, now)
         standing.prefilled_s += forecast.prefill_s
         flight.prefilled_s = standing.prefilled_s
         standing.decoding += 1
         standing.context += flight.num_tokens
+        if flight.history and standing.bit:
+            self.index.remember(standing.bit, flight.history, standing.capacity)
 
     def finished(self, flight: Flight, now: float, output_tokens: int = 0) -> None:
         """The request is over at this replica, however it ended."""
@@ -305,11 +434,12 @@ class Fleet:
         else:
             # Had the replica not prefilled for others meanwhile, decoding would have taken so long.
             decoding_s = now - flight.first_token_at - (standing.prefilled_s - flight.prefilled_s)
-            standing.steps.observe_stream(output_tokens - 1, standing.step_s(), decoding_s)
+            if not flight.silent:
+                standing.steps.observe_stream(output_tokens - 1, standing.step_s(), decoding_s)
             standing.decoding -= 1
             standing.context -= flight.num_tokens
         if flight.expected:
-            self.index.withdraw(standing.bit, flight.expected)
+            self.index.withdraw(flight.known_by, flight.expected)
         standing.in_flight -= 1
         standing.finished += 1
 
@@ -323,6 +453,18 @@ class Fleet:
             standing.prefill_s = 0.0  # what is left is rounding
         standing.head_since = now
 
+    # -- what several routers tell each other
+
+    def loads(self, now: float) -> dict[str, Load]:
+        """What this router has at each replica, by its id; those where it has nothing are left out."""
+        return {id: s.own_load(now) for id, s in self._standings.items() if s.in_flight}
+
+    def elsewhere(self, replica_id: str, load: Load) -> None:
+        """What the other routers have at the replica, all together."""
+        standing = self._standings.get(replica_id)
+        if standing is not None:
+            standing.elsewhere = load
+
     # -- what policies see
 
     def view(
@@ -334,25 +476,35 @@ class Fleet:
         prompt: Prompt | None = None,
     ) -> View:
         """What a policy may know to place a request for this model."""
-        ready = self._ready.get(model)
-        if ready is None:
-            ready = self._ready[model] = tuple(
-                s for s in self if s.state is State.READY and model in s.replica.models
-            )
+        ready = self._offered(model)
+        for standing in ready:
+            self._settle(standing, now)
         if prompt is None:
             return View(ready, self._turns, draw, key, now)
         return View(ready, self._turns, draw, key, now, prompt.num_tokens, self._cached(ready, prompt))
 
+    def _offered(self, model: str) -> tuple[Standing, ...]:
+        """The model's ready replicas; of a share only those in it, unless they have too much to do."""
+        found = self._ready.get(model)
+        if found is None:
+            every = tuple(s for s in self if s.state is State.READY and model in s.replica.models)
+            own = tuple(s for s in every if self.knows(s.id))
+            found = self._ready[model] = (own, every)
+        own, every = found
+        return own if len(own) == len(every) or (own and not _overfull(own, every)) else every
+
     def _cached(self, ready: tuple[Standing, ...], prompt: Prompt) -> dict[str, Cached]:
         found: dict[str, Cached] = {}
-        for size in {s.key_blocks for s in ready if s.trust is not Trust.LOAD}:
-            known = {s.bit: s for s in ready if s.trust is not Trust.LOAD and s.key_blocks == size}
+        known: dict[int, dict[int, str]] = {}
+        for standing in ready:
+            if standing.trust is not Trust.LOAD:
+                known.setdefault(standing.key_blocks, {})[standing.known_by] = standing.id
+        for size, ids in known.items():
             tokens = size or TEXT_BLOCK_TOKENS
-            for held in self.index.match(prompt.keys(size), sum(known)):
+            for held in self.index.match(prompt.keys(size), sum(ids)):
                 cached = Cached(held.blocks * tokens, held.slower * tokens, held.blocks + held.slower)
-                for bit, standing in known.items():
-                    if bit & held.bits:
-                        found[standing.id] = cached
+                for bit in bits_of(held.bits):
+                    found[ids[bit]] = cached
         return found
 
     def models(self) -> tuple[str, ...]:

@@ -6,26 +6,45 @@ The wire is msgpack: a batch is an array, an event a map whose key `type` is the
 
 from __future__ import annotations
 
-from enum import StrEnum
+from array import array
+from collections.abc import Mapping
+from enum import IntEnum
+from types import MappingProxyType
+from typing import Annotated
 
 import msgspec
+from xxhash import xxh3_64_intdigest
+
+from router.core.blocks import TOKEN_BYTES, Keys, chain, root_key
 
 BlockHash = int | bytes
+TokenId = Annotated[int, msgspec.Meta(ge=0, lt=2**32)]
 
 
-class Tier(StrEnum):
-    """Where a block lies, from the fastest; as vLLM's `medium`, which says GPU on CPUs too."""
+class Tier(IntEnum):
+    """Where a block lies, from the fastest."""
 
-    GPU = "GPU"
-    CPU = "CPU"
-    DISK = "STORAGE"
+    GPU = 0
+    CPU = 1
+    STORAGE = 2
 
 
-class BlockStored(msgspec.Struct, tag="BlockStored", frozen=True):
-    """Blocks entered the cache, in the order of the prompt; the first one's parent is `parent_block_hash`."""
+# By vLLM's `medium`, which says GPU on CPUs too; its Mooncake connector writes "cpu".
+TIERS: Mapping[str | None, Tier] = MappingProxyType(
+    {None: Tier.GPU} | {name: tier for tier in Tier for name in (tier.name, tier.name.lower())}
+)
+
+
+class BlockStored(msgspec.Struct, tag="BlockStored", frozen=True, gc=False):
+    """Blocks entered the cache, in the order of the prompt; the first one's parent is `parent_block_hash`.
+
+    `extra_keys`: for each block what its hash covers beside tokens: the adapter's name, `[id, offset]` of
+    images, in a prompt's first block its cache salt, digests of prompt embeddings. Events of other tiers than
+    the GPU may come without `token_ids`, or (vLLM's offloading connector) without `extra_keys`.
+    """
 
     block_hashes: list[BlockHash]
-    token_ids: list[int]
+    token_ids: list[TokenId]
     block_size: int
     parent_block_hash: BlockHash | None = None
     medium: str | None = None
@@ -35,7 +54,7 @@ class BlockStored(msgspec.Struct, tag="BlockStored", frozen=True):
     kv_cache_spec_kind: str | None = None
 
 
-class BlockRemoved(msgspec.Struct, tag="BlockRemoved", frozen=True):
+class BlockRemoved(msgspec.Struct, tag="BlockRemoved", frozen=True, gc=False):
     """Blocks left the cache; once for each copy that had entered."""
 
     block_hashes: list[BlockHash]
@@ -43,15 +62,15 @@ class BlockRemoved(msgspec.Struct, tag="BlockRemoved", frozen=True):
     group_idx: int | None = None
 
 
-class AllBlocksCleared(msgspec.Struct, tag="AllBlocksCleared", frozen=True):
+class AllBlocksCleared(msgspec.Struct, tag="AllBlocksCleared", frozen=True, gc=False):
     """The cache is empty."""
 
 
 KVEvent = BlockStored | BlockRemoved | AllBlocksCleared
 
 
-class KVEventBatch(msgspec.Struct, array_like=True, frozen=True):
-    """What one engine step changed."""
+class KVEventBatch(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """What one engine step changed. `ts`: seconds of the engine's clock."""
 
     ts: float
     events: list[KVEvent]
@@ -59,3 +78,27 @@ class KVEventBatch(msgspec.Struct, array_like=True, frozen=True):
 
 
 decode_batch = msgspec.msgpack.Decoder(KVEventBatch).decode
+
+
+def stored_keys(event: BlockStored, parent: int | None) -> Keys:
+    """The keys of an event's blocks; `parent`: the key of the block before them, None at a prompt's start.
+
+    Requests for the same tokens, adapter and salt have the same keys. Blocks with images or embeddings, and
+    all behind them, have keys that no text has.
+    """
+    token_ids = array("I", event.token_ids).tobytes()
+    if not (event.extra_keys or event.lora_name):
+        return chain(token_ids, event.block_size * TOKEN_BYTES, parent or 0)
+    width, keys = event.block_size * TOKEN_BYTES, Keys()
+    for block, start in enumerate(range(0, len(token_ids), width)):
+        extra = (event.extra_keys[block] if event.extra_keys else None) or []
+        content = extra[1:] if event.lora_name else extra  # the first is the adapter
+        if parent is None:
+            salt = next((key for key in content if isinstance(key, str)), None)
+            content = [key for key in content if not isinstance(key, str)]
+            parent = root_key(event.lora_name, salt)
+        if content:
+            parent = xxh3_64_intdigest(repr(content).encode(), parent)
+        (parent,) = chain(token_ids[start : start + width], width, parent)
+        keys.append(parent)
+    return keys

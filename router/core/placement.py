@@ -16,7 +16,7 @@ from types import MappingProxyType
 
 from xxhash import xxh3_64_intdigest
 
-from router.core.fleet import NOTHING_CACHED, Cached, Standing, View
+from router.core.fleet import NOTHING_CACHED, Cached, Forecast, Standing, View
 
 # What a replica may hold in consistent_hash, times the average (Mirrokni, Thorup, Zadimoghaddam 2016,
 # "Consistent Hashing with Bounded Loads"; HAProxy's manual calls 1.25 to 2 reasonable). An engine batches, so
@@ -24,18 +24,29 @@ from router.core.fleet import NOTHING_CACHED, Cached, Standing, View
 # sends 22 % away from their home, 1.5 sends 9 %.
 BALANCE = 1.5
 
-# A second that a stream waits between two tokens, in seconds of waiting for a first one.
-HARM = 0.1
+# kv_aware's weights, found in the twin (`scripts/bench placement`; docs/placement.md tells how). So many of a
+# stream's tokens are waited for as its first one is.
+STREAM_TOKENS = 100
+# A second that a stream waits between two tokens, by the seconds that it waits there anyhow: streams that are
+# slow already are close to being too slow.
+HARM = 5.0
+# A second of prefill where half of all time is prefill: what it takes from those who are yet to come.
+CROWDING = 4.0
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where a request goes, and why. `costs`: what each replica of the view would have cost, in seconds."""
+    """Where a request goes, and why.
+
+    `forecasts` and `costs` (in seconds): what each replica of the view would have meant, for policies that
+    go by it.
+    """
 
     standing: Standing
     reason: str
     cached: Cached = NOTHING_CACHED
     costs: tuple[float, ...] = ()
+    forecasts: tuple[Forecast, ...] = ()
 
 
 Policy = Callable[[View], Placement | None]
@@ -45,8 +56,9 @@ def least_requests(view: View) -> Placement | None:
     """The replica with the fewest requests in flight; equals take turns."""
     if not view.replicas:
         return None
-    fewest = min([s.in_flight for s in view.replicas])
-    equals = [s for s in view.replicas if s.in_flight == fewest]
+    requests = [s.requests for s in view.replicas]
+    fewest = min(requests)
+    equals = [s for s, count in zip(view.replicas, requests, strict=True) if count == fewest]
     return Placement(equals[view.turn % len(equals)], f"fewest requests in flight ({fewest})")
 
 
@@ -58,8 +70,8 @@ def power_of_two(view: View) -> Placement | None:
     offset, place = divmod(view.draw, count)
     first = view.replicas[place]
     other = view.replicas[(place + 1 + offset % (count - 1)) % count]
-    fewer, more = (first, other) if first.in_flight <= other.in_flight else (other, first)
-    return Placement(fewer, f"{fewer.in_flight} requests in flight, {more.in_flight} on {more.id}")
+    fewer, more = (first, other) if first.requests <= other.requests else (other, first)
+    return Placement(fewer, f"{fewer.requests} requests in flight, {more.requests} on {more.id}")
 
 
 def consistent_hash(view: View) -> Placement | None:
@@ -79,15 +91,15 @@ def consistent_hash(view: View) -> Placement | None:
     if not view.replicas:
         return None
     weights = [xxh3_64_intdigest(s.replica.id.encode(), view.key) for s in view.replicas]
-    in_flight = [s.in_flight for s in view.replicas]
-    most = ceil(BALANCE * (sum(in_flight) + 1) / len(in_flight))
+    requests = [s.requests for s in view.replicas]
+    most = ceil(BALANCE * (sum(requests) + 1) / len(requests))
     home = weights.index(max(weights))
-    if in_flight[home] < most:
+    if requests[home] < most:
         return Placement(view.replicas[home], "home of the key")
     # The replica with the fewest requests has no more than the average, so there is always one with room.
-    room = [place for place, held in enumerate(in_flight) if held < most]
+    room = [place for place, held in enumerate(requests) if held < most]
     chosen = max(room, key=weights.__getitem__)
-    full = f"{view.replicas[home].id} has {in_flight[home]} of at most {most} requests"
+    full = f"{view.replicas[home].id} has {requests[home]} of at most {most} requests"
     return Placement(view.replicas[chosen], f"next for the key; its home {full}")
 
 
@@ -110,19 +122,24 @@ def kv_aware(view: View) -> Placement | None:
     """The replica where the request costs least: its first token's wait, and what it holds up there."""
     if not view.replicas:
         return None
-    costs = tuple([_cost(standing, view) for standing in view.replicas])
+    had = view.cached.get
+    forecasts = tuple(
+        [s.forecast(view.num_tokens, had(s.id, NOTHING_CACHED), view.now) for s in view.replicas]
+    )
+    costs = tuple([_cost(forecast) for forecast in forecasts])
     least = min(costs)
     cheapest = [place for place, cost in enumerate(costs) if cost == least]
     chosen = view.replicas[cheapest[view.turn % len(cheapest)]]
-    cached = view.cached.get(chosen.id, NOTHING_CACHED)
-    return Placement(chosen, f"costs least ({least:.3f} s), {cached.tokens} tokens cached", cached, costs)
+    cached = had(chosen.id, NOTHING_CACHED)
+    told = f"costs least ({least:.3f} s), {cached.tokens} tokens cached"
+    return Placement(chosen, told, cached, costs, forecasts)
 
 
-def _cost(standing: Standing, view: View) -> float:
-    """Seconds until the first token, and the seconds that those who decode there wait for its prefill."""
-    cached = view.cached.get(standing.id, NOTHING_CACHED)
-    forecast = standing.forecast(view.num_tokens, cached, view.now)
-    return forecast.ttft_s + HARM * forecast.prefill_s * (standing.decoding + standing.elsewhere.decoding)
+def _cost(forecast: Forecast) -> float:
+    """In seconds: the wait for the first token, how slowly others follow, what its prefill does to others."""
+    busy, pace = forecast.busy, forecast.pace_s
+    price = HARM * forecast.decoding * pace + CROWDING * busy / (1 - busy)
+    return forecast.ttft_s + STREAM_TOKENS * pace + price * forecast.prefill_s
 
 
 POLICIES: Mapping[str, Policy] = MappingProxyType(

@@ -9,7 +9,9 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 import yaml
 from integration.fleet import SERVE, Fleet, status
@@ -78,6 +80,18 @@ def test_both_are_listed_and_both_serve(whole: Fleet) -> None:
     ]
     for _ in range(20):
         assert asyncio.run(one_connection(whole.port, CHAT, ANSWER)) == "answered"
+
+
+def test_each_knows_the_other_as_serve_tells(whole: Fleet) -> None:
+    for rank, other in ((0, 1), (1, 0)):
+        (peer,) = eventually(lambda rank=rank: speaking(whole, rank))
+        assert peer["port"] == open_members(whole)[other].contact.port
+
+
+def speaking(fleet: Fleet, rank: int) -> list[dict[str, Any]]:
+    """The other routers that one of them hears."""
+    told = httpx.get(f"http://127.0.0.1:{fleet.admin_port + rank}/fleet", trust_env=False).json()
+    return [peer for peer in told["peers"] if peer["age_s"] is not None]
 
 
 @pytest.mark.parametrize("replicas", [2, 1])

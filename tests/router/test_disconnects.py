@@ -6,6 +6,8 @@ import gc
 import pytest
 from router_wire import client, engine, post, relaying, stream, until
 
+from router.decisions import DecisionsConfig
+
 CHAT = "/v1/chat/completions"
 TOKEN = b'data: {"id":"c","choices":[{"index":0,"delta":{"content":"a"},"token_ids":[5]}]}\n\n'
 REQUEST = post(CHAT, b'{"model":"m","stream":true}')
@@ -74,7 +76,8 @@ async def test_a_client_that_leaves_within_its_request():
 async def test_nothing_stays_of_those_that_left():
     """Objects that only a cycle keeps alive are found too: the collector is asked first."""
     stages = Stages(stream(TOKEN))
-    async with engine(stages) as (it, url), relaying(url) as (_, _, port):
+    few = DecisionsConfig(keep=10)
+    async with engine(stages) as (it, url), relaying(url, decisions=few) as (_, _, port):
 
         async def leave(times: int) -> int:
             for _ in range(times):

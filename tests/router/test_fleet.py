@@ -95,11 +95,27 @@ def test_prefill_is_promised_then_done_then_decoded(fleet):
 def test_the_load_of_other_routers_counts(fleet):
     standing = fleet.get("r0")
     alone = standing.forecast(1000, Cached(), now=0.0)
-    standing.elsewhere = Load(in_flight=20, prefill_s=0.5, decoding=19, context=50_000)
+    fleet.elsewhere("r0", Load(in_flight=20, prefill_s=0.5, decoding=19, context=50_000))
     beside = standing.forecast(1000, Cached(), now=0.0)
     assert beside.backlog_s == 0.5
     assert beside.step_s > alone.step_s
     assert beside.ttft_s > alone.ttft_s + 0.5
+    assert standing.requests == 20
+
+
+def test_what_other_routers_are_told_is_what_this_one_has_there_now(fleet):
+    assert fleet.loads(0.0) == {}
+    first = fleet.started("r0", 0.0, prompt_of(8000))
+    second = fleet.started("r0", 0.0, prompt_of(8000))
+    own = [flight.forecast.prefill_s for flight in (first, second)]
+    fleet.elsewhere("r0", Load(5, 5.0, 5, 5))
+    recent = pytest.approx(sum(own), rel=0.01)
+    assert fleet.loads(0.1) == {"r0": Load(2, pytest.approx(sum(own) - 0.1), 0, 0, recent)}
+    fleet.first_token(first, now=0.3)
+    assert fleet.loads(0.3) == {"r0": Load(2, pytest.approx(own[1]), 1, 8000, recent)}
+    fleet.finished(first, now=9.0)
+    fleet.finished(second, now=9.0)
+    assert fleet.loads(9.0) == {}
 
 
 def test_a_slower_tier_costs_loading_not_computing(fleet):
@@ -132,3 +148,67 @@ def test_what_was_prefilled_for_others_is_no_fault_of_decoding(fleet):
     prefilled = fleet.get("r0").prefilled_s - first.prefilled_s
     fleet.finished(first, now=0.01 + 100 * step + prefilled, output_tokens=101)
     assert fleet.get("r0").steps.decode.value == pytest.approx(1.0)
+
+
+def test_a_router_with_a_share_knows_and_offers_only_that(fleet):
+    for replica in ("r0", "r1"):
+        fleet.apply(replica, stored(blocks=3))
+    fleet.divided(frozenset({"r1"}))
+    fleet.apply("r0", stored(blocks=3))
+    assert cached(fleet, prompt_of(100)) == {"r1": Cached(48, 0, 3)}
+    assert [s.id for s in fleet.view("m").replicas] == ["r1"]
+    assert (fleet.knows("r0"), fleet.knows("r1")) == (False, True)
+
+
+def test_a_share_of_which_nothing_is_ready_keeps_no_request_waiting(fleet):
+    fleet.divided(frozenset({"r1"}))
+    fleet.failed("r1", now=1.0)
+    assert [s.id for s in fleet.view("m").replicas] == ["r0"]
+    fleet.recovered("r1", now=2.0)
+    assert [s.id for s in fleet.view("m").replicas] == ["r1"]
+    fleet.divided(frozenset({"elsewhere"}))
+    assert [s.id for s in fleet.view("m").replicas] == ["r0", "r1"]
+
+
+@pytest.mark.parametrize(
+    ("own", "elsewhere", "offered"),
+    [
+        (0, 0, ["r1"]),
+        (3, 0, ["r1"]),
+        (4, 0, ["r0", "r1"]),
+        (15, 4, ["r1"]),
+        (16, 4, ["r0", "r1"]),
+    ],
+)
+def test_a_share_that_has_far_more_to_do_than_the_fleet_is_left(fleet, own, elsewhere, offered):
+    fleet.divided(frozenset({"r1"}))
+    fleet.elsewhere("r0", Load(elsewhere))
+    for _ in range(own):
+        fleet.started("r1", now=0.0)
+    assert [s.id for s in fleet.view("m").replicas] == offered
+
+
+def test_a_replica_that_prefilled_much_lately_is_busy(fleet):
+    standing = fleet.get("r0")
+    assert standing.busy(0.0) == 0
+    for n in range(30):
+        fleet.first_token(fleet.started("r0", float(n), prompt_of(8000)), now=n + 0.5)
+    assert 0.1 < standing.busy(30.0) < 0.3
+    assert standing.busy(300.0) < 0.01
+    quiet, busy = (fleet.get(id).forecast(100, Cached(), 30.0) for id in ("r1", "r0"))
+    assert busy.pace_s > busy.step_s
+    assert quiet.pace_s == quiet.step_s
+
+
+def test_who_says_nothing_before_the_end_counts_as_prefilled_in_time(fleet):
+    """Nothing is learnt of it: when its first token came is not known."""
+    standing = fleet.get("r0")
+    flight = fleet.started("r0", 0.0, prompt_of(8000), silent=True)
+    fleet.view("m", now=flight.forecast.ttft_s / 2)
+    assert standing.decoding == 0
+    fleet.view("m", now=flight.forecast.ttft_s)
+    assert (standing.decoding, standing.backlog_s(1.0)) == (1, 0.0)
+    fleet.first_token(flight, now=9.0)
+    fleet.finished(flight, now=9.0, output_tokens=100)
+    assert (standing.in_flight, standing.decoding, standing.awaiting_first_token) == (0, 0, 0)
+    assert standing.steps.prefill.observations == standing.steps.decode.observations == 0

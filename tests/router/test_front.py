@@ -1,40 +1,31 @@
 import asyncio
-import contextlib
 import json
 import os
+import re
 
 import pytest
-from router_wire import VLLM_PAGES, WAIT_S, answering, client, engine, post, reply, until
+from router_wire import (
+    VLLM_PAGES,
+    WAIT_S,
+    answering,
+    client,
+    engine,
+    front_door,
+    get,
+    post,
+    reply,
+    said,
+    until,
+)
 
 from router.config import RouterConfig
+from router.core.blocks import Prompt
 from router.errors import ListenError
 from router.front import FrontDoor
 from router.health import Endpoint
 
 CHAT = post("/v1/chat/completions", b'{"model":"m"}')
 PAGES = {**VLLM_PAGES, b"/v1/chat/completions": reply(b'{"answer":1}')}
-
-
-@contextlib.asynccontextmanager
-async def front_door(**settings):
-    config = RouterConfig(**{"host": "127.0.0.1", "port": 0, "admin_port": 0, **settings})
-    front = FrontDoor(config, promised=("m",))
-    await front.start()
-    await front.open()
-    try:
-        yield front
-    finally:
-        await front.stop(0)
-
-
-async def said(port, message):
-    async with client(port) as c:
-        await c.send(message)
-        return await c.reply()
-
-
-async def get(port, path, *headers):
-    return await said(port, "\r\n".join([f"GET {path} HTTP/1.1", "host: h", *headers, "", ""]).encode())
 
 
 async def test_announced_replicas_serve_and_withdrawn_ones_do_not():
@@ -83,6 +74,9 @@ async def test_the_admin_port_tells_the_fleet():
             "ready",
         )
         assert (replica["block_size"], replica["finished"], replica["in_flight"]) == (32, 1, 0)
+        assert replica["trust"] in ("exact", "approximate", "load")
+        assert replica["trust_reason"]
+        assert replica["takes_token_ids"] is False
         targets = json.loads((await get(front.admin_port, "/targets"))[2])
         assert targets == [
             {
@@ -96,6 +90,31 @@ async def test_the_admin_port_tells_the_fleet():
         assert 'herd_streams_truncated_total{model="m"} 0.0' in metrics
         assert 'herd_requests_total{code="200",model="m",path="/v1/chat/completions"} 1.0' in metrics
         assert "process_cpu_seconds_total" in metrics
+
+
+async def test_the_admin_port_tells_backlog_and_step_model():
+    async with engine(answering(PAGES)) as (_, url), front_door() as front:
+        front.membership([Endpoint("a", url, "vllm-cpu")])
+        await until(lambda: front.ready)
+        now = asyncio.get_running_loop().time()
+        first = front.fleet.started("a", now - 60, Prompt(1000))
+        front.fleet.started("a", now - 30, Prompt(10**7))  # hours of work
+        front.fleet.first_token(first, now)
+        standing = front.fleet.get("a")
+        (replica,) = json.loads((await get(front.admin_port, "/fleet"))[2])["replicas"]
+        assert (replica["decoding"], replica["context_tokens"]) == (1, 1000)
+        assert replica["backlog_s"] == pytest.approx(standing.backlog_s(now), abs=10)
+        assert replica["step_model"] == {
+            "prior": "vllm-cpu",
+            "prefill": {"value": pytest.approx(standing.steps.prefill.value), "observations": 1},
+            "decode": {"value": 1.0, "observations": 0},
+            "step_s": pytest.approx(standing.steps.step_s(1, 1000)),
+        }
+        metrics = (await get(front.admin_port, "/metrics"))[2].decode()
+        backlog = re.search(r'herd_replica_backlog_seconds{model="m",replica="a"} (.+)', metrics)
+        assert float(backlog[1]) == pytest.approx(standing.backlog_s(now), abs=10)
+        factor = re.search(r'herd_step_model_factor{model="m",phase="prefill",replica="a"} (.+)', metrics)
+        assert float(factor[1]) == standing.steps.prefill.value != 1
 
 
 async def test_the_admin_port_tells_every_process_of_the_port():

@@ -31,6 +31,18 @@ async def test_an_engine_without_events_or_metrics_is_taken_too():
     assert (replica.block_size, replica.kv_events, replica.kv_replay) == (None, None, None)
 
 
+async def test_an_engine_without_prefix_cache_or_with_several_says_so():
+    told = b'vllm:cache_config_info{block_size="16",enable_prefix_caching="%s",engine="%d"} 1.0\n'
+    metrics = b"# TYPE vllm:cache_config_info gauge\n" + told % (b"False", 0) + told % (b"False", 1)
+    _, replica = await learnt({**VLLM_PAGES, b"/metrics": reply(metrics, content_type="text/plain")})
+    assert (replica.prefix_caching, replica.ranks) == (False, 2)
+    _, replica = await learnt(VLLM_PAGES)
+    assert (replica.prefix_caching, replica.ranks) == (True, 1)
+    ranks = reply(b'{"0":{"endpoint":"tcp://*:5557"},"1":{"endpoint":"tcp://*:5558"}}')
+    _, replica = await learnt({**VLLM_PAGES, b"/kv_event_sources": ranks})
+    assert (replica.kv_events, replica.ranks) == ("tcp://127.0.0.1:5557", 2)
+
+
 @pytest.mark.parametrize(
     "models",
     [

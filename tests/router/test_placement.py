@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import ROOT
 
-from router.core.fleet import Fleet, Replica, Standing, State, View
+from router.core.fleet import Fleet, Load, Replica, Standing, State, View
 from router.core.placement import (
     BALANCE,
     POLICIES,
@@ -79,6 +79,25 @@ def test_round_robin(turn, chosen):
 )
 def test_power_of_two(loads, draw, chosen):
     assert power_of_two(view(loads, draw=draw)).standing.id == chosen
+
+
+# (own, of other routers) at each replica: policies that go by requests see the sum.
+@pytest.mark.parametrize(
+    ("policy", "own", "others", "key", "chosen"),
+    [
+        (least_requests, [0, 1, 1], [2, 0, 1], None, "r1"),
+        (least_requests, [0, 0, 0], [1, 1, 0], None, "r2"),
+        (power_of_two, [0, 1], [5, 0], None, "r1"),
+        (consistent_hash, [0, 0, 0], [0, 0, 0], 0, "r0"),
+        (consistent_hash, [0, 0, 0], [7, 3, 2], 0, "r1"),  # its home is full of what others placed there
+        (consistent_hash, [3, 3, 2], [1, 1, 2], 0, "r0"),
+    ],
+)
+def test_what_other_routers_placed_counts(policy, own, others, key, chosen):
+    fleet = fleet_of(own)
+    for i, count in enumerate(others):
+        fleet.elsewhere(f"r{i}", Load(in_flight=count))
+    assert policy(View(fleet.view("m").replicas, key=key)).standing.id == chosen
 
 
 @given(loads=st.permutations(range(6)))

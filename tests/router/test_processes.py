@@ -20,7 +20,18 @@ from typing import Any
 
 import pytest
 from router_wire import WAIT_S, connections, during, one_connection, post, read_message
-from support import HERD, ROOT, Holder, Running, Start, eventually, free_ports, get, processes
+from support import (
+    HERD,
+    ROOT,
+    Holder,
+    Running,
+    Start,
+    eventually,
+    free_ports,
+    get,
+    processes,
+    simulated_engine,
+)
 
 from router.http import listener
 from router.port import Member, Port
@@ -66,12 +77,16 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield eventually(lambda: mock.output.strip())
 
 
-def route(start: Start, engine: str, count: int = 2, env: Mapping[str, str] | None = None) -> Route:
+def route(
+    start: Start, engine: str, *flags: str, count: int = 2, env: Mapping[str, str] | None = None
+) -> Route:
     """`herd route` when all of its processes take connections."""
     port = free_ports(count + 1)
     admin_port = port + 1
     ports = ("--host", "127.0.0.1", "--port", str(port), "--admin-port", str(admin_port))
-    parent = start(*HERD, "route", *ports, "--processes", str(count), "--worker-urls", engine, env=env)
+    parent = start(
+        *HERD, "route", *ports, "--processes", str(count), *flags, "--worker-urls", engine, env=env
+    )
     eventually(lambda: "Routing to" in parent.output or parent.process.poll() is not None, REPLACED_S)
     assert parent.process.poll() is None, parent.output
     return Route(parent, port, admin_port)
@@ -166,6 +181,62 @@ def test_a_killed_process_is_replaced_while_the_other_serves(start: Start, engin
     assert [member.rank for member in after] == [0, 1]
     assert after[1].process.pid == survivor
     assert "ended with status -9" in it.parent.output
+
+
+@contextlib.contextmanager
+def streaming(it: Route) -> Iterator[None]:
+    """A stream under way that takes its time."""
+    body = b'{"model":"herd-demo","stream":true,"max_tokens":1000,"ignore_eos":true,"prompt":"Hello"}'
+    with socket.create_connection(("127.0.0.1", it.port), timeout=WAIT_S) as client:
+        client.sendall(post("/v1/completions", body, "content-type: application/json"))
+        assert client.recv(4096).startswith(b"HTTP/1.1 200 ")
+        yield
+
+
+def seen(it: Route) -> list[tuple[int, int]]:
+    """Requests at the replica as each process sees it: its own, and those of the others."""
+    fleets = (get(f"http://127.0.0.1:{it.admin_port + rank}/fleet").json() for rank in range(2))
+    replicas = (replica for fleet in fleets for replica in fleet["replicas"])
+    return [(replica["in_flight"], replica["elsewhere"]["in_flight"]) for replica in replicas]
+
+
+def test_each_process_sees_what_the_other_has_in_flight(start: Start) -> None:
+    it = route(start, simulated_engine(start, "--step-time", "0.05,0,0,0").url)
+    peers = get(f"http://127.0.0.1:{it.admin_port}/fleet").json()["peers"]
+    assert [(peer["host"], peer["age_s"] < 1, peer["in_flight"]) for peer in peers] == [
+        ("127.0.0.1", True, 0)
+    ]
+    with streaming(it):
+        began = time.monotonic()
+        found = eventually(lambda: sorted(now := seen(it)) == [(0, 1), (1, 0)] and now, 1.0)
+        print(f"seen by the other after {time.monotonic() - began:.3f} s at most")
+        os.kill(it.pids[found.index((1, 0))], signal.SIGKILL)
+        began = time.monotonic()
+        survivor = f"http://127.0.0.1:{it.admin_port + found.index((0, 1))}"
+        eventually(lambda: not get(f"{survivor}/fleet").json()["replicas"][0]["elsewhere"]["in_flight"], 3.0)
+        print(f"gone {time.monotonic() - began:.3f} s after its process was killed")
+    metrics = get(f"{survivor}/metrics").text
+    assert re.search(r'^herd_gossip_datagrams_total\{fate="taken"\} [1-9]', metrics, re.MULTILINE)
+
+
+def test_processes_pass_requests_on_to_who_owns_them_while_that_lives(start: Start, engine: str) -> None:
+    it = route(start, engine, "--shards", "2")
+    said = [CHAT.replace(b"Hello", b"Say%2d" % n) for n in range(20)]
+
+    def answers() -> Counter[str]:
+        return Counter(asyncio.run(one_connection(it.port, each, ANSWER)) for each in said)
+
+    eventually(lambda: answers().keys() == {"answered"} and passed_on(it), REPLACED_S)
+    victim, gone = it.pids[0], set(it.members[0].listeners)
+    os.kill(victim, signal.SIGKILL)
+    eventually(lambda: not gone & listener.listening("127.0.0.1", it.port))
+    assert answers() == {"answered": 20}
+
+
+def passed_on(it: Route) -> int:
+    pages = [get(f"http://127.0.0.1:{it.admin_port + rank}/metrics").text for rank in range(2)]
+    counted = r'^herd_relayed_to_owner_total\{outcome="passed"\} (\d+)'
+    return sum(int(found) for page in pages for found in re.findall(counted, page, re.MULTILINE))
 
 
 def test_a_process_whose_loop_is_stuck_is_replaced(start: Start, engine: str, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 import pytest
@@ -177,6 +178,50 @@ def test_sizes_must_be_positive(bad: dict[str, int]) -> None:
         engine(**bad)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "limit", "steps"),
+    [
+        (5, 9, 2),  # the third would fill the block of tokens 5 to 8
+        (4, 9, 0),  # the first would take a block
+        (5, 3, 1),  # the second would end it
+        (8, 1, 0),
+    ],
+)
+def test_steps_are_quiet_until_a_block_or_a_sequence_ends(tokens: int, limit: int, steps: int) -> None:
+    core = engine()
+    sequence = core.add("a", Lengths(tokens), limit, 0.0)
+    core.step(0.0)
+    quiet = core.quiet(1.0)
+    assert quiet == (steps, 1.0 + steps)
+    core.skip(quiet.steps)
+    assert sequence.num_outputs == 1 + steps
+    step = core.step(quiet.ends)
+    changed = step is not None and (step.events or step.outputs[0].finish)
+    assert bool(changed) == (steps > 0)
+
+
+def test_quiet_steps_begin_before_what_comes_next() -> None:
+    core = engine(block_size=64)
+    core.add("a", Lengths(5), 50, 0.0)
+    core.step(0.0)
+    assert core.quiet(1.0, until=1.0) == (0, 1.0)
+    assert core.quiet(1.0, until=3.0) == (2, 3.0)
+    assert core.quiet(1.0, until=3.5) == (3, 4.0)
+    assert core.quiet(1.0) == (48, 49.0)
+
+
+def test_who_waits_for_room_does_not_break_the_quiet() -> None:
+    core = engine(max_num_seqs=1, block_size=64)
+    core.add("a", Lengths(5), 50, 0.0)
+    core.step(0.0)
+    core.add("b", Lengths(5), 50, 0.0)
+    assert core.quiet(1.0).steps == 0  # nobody has looked whether there is room
+    core.step(1.0)
+    assert core.quiet(2.0).steps == 47
+    core.abort("a")
+    assert core.quiet(2.0).steps == 0
+
+
 REQUEST = st.tuples(
     st.integers(1, 60),  # prompt tokens
     st.integers(1, 30),  # output tokens
@@ -234,3 +279,84 @@ def test_whatever_comes_is_served_exactly_and_leaks_nothing(
     # What the events say is cached is what a lookup finds: a follower loses nothing and invents nothing.
     assert sum(1 for copies in cached.values() if copies) == core.cache.num_cached
     assert all(bool(copies) == bool(core.cache.longest_prefix([key])) for key, copies in cached.items())
+
+
+@dataclass
+class Told:
+    """What an engine did: its steps with their times, and how often nothing but tokens came of one."""
+
+    steps: list[tuple[float, StepWork, list[tuple[str, Finish | None]], list[object], list[str], int]]
+    quiet: int = 0
+
+    def add(self, now: float, step: Step) -> None:
+        outputs = [(output.sequence.id, output.finish) for output in step.outputs]
+        events = [
+            [event.owner.key(block) for block in range(event.first, event.first + event.count)]
+            if isinstance(event, Stored)
+            else event
+            for event in step.events
+        ]
+        admitted = [sequence.id for sequence in step.admitted]
+        self.steps.append((now, step.work, outputs, events, admitted, step.preempted))
+
+
+def play(core: Engine, requests: list[tuple[int, int, str, int, int | None]], skipping: bool) -> Told:
+    """Serve requests as they come and go, each step by itself or the quiet ones in one go."""
+    told = Told([])
+    coming = [(request[3], str(index), request) for index, request in enumerate(requests)]
+    going = [(r[3] + r[4], str(index), None) for index, r in enumerate(requests) if r[4] is not None]
+    plan = sorted([*coming, *going], key=lambda event: event[:2])
+    now = 0.0
+    while plan or core.has_work:
+        if not core.has_work:
+            now = max(now, plan[0][0])
+        while plan and plan[0][0] <= now:
+            _, id, request = plan.pop(0)
+            if request is None:
+                core.abort(id)
+            else:
+                core.add(id, Lengths(request[0], request[2]), request[1], now)
+        if skipping and (quiet := core.quiet(now, plan[0][0] if plan else inf)).steps:
+            core.skip(quiet.steps)
+            told.quiet += quiet.steps
+            now = quiet.ends
+        elif step := core.step(now):
+            told.add(now, step)
+            now += step.duration
+    return told
+
+
+@settings(max_examples=300)
+@given(
+    st.lists(REQUEST, min_size=1, max_size=10),
+    st.integers(24, 90),
+    st.integers(1, 40),
+    st.integers(1, 6),
+    st.booleans(),
+)
+def test_skipped_steps_are_those_that_change_nothing_else(
+    requests: list[tuple[int, int, str, int, int | None]], blocks: int, budget: int, seqs: int, caching: bool
+) -> None:
+    config = {
+        "step_time": StepTime(0.31, 0.017, 0.0013, 0.0007, 0.00011),
+        "num_gpu_blocks": blocks,
+        "max_num_batched_tokens": budget,
+        "max_num_seqs": seqs,
+        "enable_prefix_caching": caching,
+    }
+    each = play(engine(**config), requests, skipping=False)
+    some = play(engine(**config), requests, skipping=True)
+    kept = iter(some.steps)
+    last = next(kept, None)
+    skipped = []
+    for step in each.steps:
+        if step == last:
+            last = next(kept, None)
+        else:
+            skipped.append(step)
+    assert last is None, "a step that single steps never did"
+    assert len(skipped) == some.quiet
+    for _, work, outputs, events, admitted, preempted in skipped:
+        assert work.decoding == len(outputs)
+        assert not (work.prefill_tokens or events or admitted or preempted)
+        assert all(finish is None for _, finish in outputs)

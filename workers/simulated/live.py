@@ -153,7 +153,6 @@ class LiveEngine:
         faults: Faults,
         publisher: KVEventPublisher | None,
         *,
-        speed: float = 1.0,
         max_num_queued_reqs: int | None = None,
     ) -> None:
         self.core = engine
@@ -162,7 +161,6 @@ class LiveEngine:
         self.draining = False
         self._faults = faults
         self._publisher = publisher
-        self._speed = speed
         self._max_queued = max_num_queued_reqs
         self._choices: dict[str, Choice] = {}
         self._work = asyncio.Event()
@@ -245,7 +243,7 @@ class LiveEngine:
             step = self.core.step(clock())
             if step is None:  # the last sequence was aborted meanwhile
                 continue
-            due = max(due, clock() - MAX_LAG) + step.duration * self._faults.slowdown / self._speed
+            due = max(due, clock() - MAX_LAG) + step.duration * self._faults.slowdown
             await asyncio.sleep(due - clock())
             self._deliver(step, clock())
 

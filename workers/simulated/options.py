@@ -1,6 +1,7 @@
 """The command line of the simulated engine: vLLM's flags where it has them, checked when they are read."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,7 +86,7 @@ class Options:
     def engine_config(self) -> EngineConfig:
         """The sizes that the core works with."""
         return EngineConfig(
-            step_time=self.step_time,
+            step_time=self.step_time.at_speed(self.speed),
             num_gpu_blocks=self.num_gpu_blocks,
             block_size=self.block_size,
             max_num_seqs=self.max_num_seqs,
@@ -96,24 +97,29 @@ class Options:
 
 def parse(argv: Sequence[str]) -> Options:
     """Options from a command line. A bad flag ends the program with one sentence and exit code 2."""
-    parser = _parser()
-    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    try:
+        return read(argv)
+    except OptionsError as error:
+        sys.stderr.write(f"{PROGRAM}: error: {error}\n")
+        sys.exit(2)
+
+
+def read(argv: Sequence[str]) -> Options:
+    """The same, but a bad flag raises OptionsError."""
+    given = {name: value for name, value in vars(_parser().parse_args(argv)).items() if value is not None}
     for name in ("served_model_name", "api_key"):
         if name in given:
             given[name] = tuple(given[name])
     preset = given.get("preset", DEFAULT_PRESET)
     given.setdefault("step_time", PRESETS[preset].step_time)
-    try:
-        return Options(**given)
-    except OptionsError as error:
-        parser.error(str(error))
+    return Options(**given)
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that complains in one line."""
+    """A parser that complains by an exception."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{PROGRAM}: error: {message}\n")
+        raise OptionsError(message)
 
 
 def _parser() -> argparse.ArgumentParser:

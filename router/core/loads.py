@@ -1,0 +1,72 @@
+"""What the other routers have at the replicas, from reports of which any may be lost, doubled or late.
+
+A report says how things are, not what changed, so each is as good without those before it. One that is older
+than what is known changes nothing; what that costs is healed by the next whole one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import msgspec
+
+from router.core.fleet import NO_LOAD, Load
+
+# A router that says nothing for so long is gone; what it had at replicas ended with its connections.
+SILENT_S = 1.0
+
+
+class Report(msgspec.Struct, frozen=True, array_like=True):
+    """What a router has at replicas, by their ids; `whole`: and nothing at any other.
+
+    `sequence`: higher with each of its reports.
+    """
+
+    sequence: int
+    whole: bool
+    loads: dict[str, Load]
+
+
+@dataclass(slots=True)
+class Peer:
+    """Another router, as it reported last."""
+
+    sequence: int
+    heard_at: float
+    loads: dict[str, Load] = field(default_factory=dict)
+
+
+class Loads:
+    """What every other router has at every replica."""
+
+    def __init__(self) -> None:
+        self.peers: dict[str, Peer] = {}
+
+    def take(self, name: str, report: Report, now: float) -> set[str] | None:
+        """The replicas that a router's report tells of; None if it is not newer than what is known."""
+        peer = self.peers.get(name)
+        if peer is None:
+            peer = self.peers[name] = Peer(report.sequence, now)
+        elif report.sequence <= peer.sequence:
+            return None
+        peer.sequence, peer.heard_at = report.sequence, now
+        told = set(report.loads)
+        if report.whole:
+            told.update(peer.loads)
+            peer.loads = report.loads
+        else:
+            peer.loads.update(report.loads)
+        return told
+
+    def forget_silent(self, now: float) -> set[str]:
+        """Forgets the routers that are gone by now; the replicas where they had something."""
+        freed: set[str] = set()
+        for name, peer in list(self.peers.items()):
+            if now - peer.heard_at > SILENT_S:
+                freed.update(self.peers.pop(name).loads)
+        return freed
+
+    def at(self, replica_id: str) -> Load:
+        """What all of them have at a replica."""
+        told = (peer.loads.get(replica_id) for peer in self.peers.values())
+        return sum((load for load in told if load is not None), NO_LOAD)
