@@ -11,25 +11,18 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from math import ceil, inf
+from math import inf
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from loadtests.trace import BLOCK_TOKENS
 from router.core.blocks import Keys, Prompt
 from router.core.fleet import NOTHING_CACHED, Standing, View
-from router.core.placement import (
-    Placement,
-    Policy,
-    least_requests,
-    power_of_two,
-    random,
-    round_robin,
-)
-from router.core.step_model import STEP_TOKENS
+from router.core.placement import Placement, power_of_two
+from router.core.step_model import StepModel
 
 if TYPE_CHECKING:
-    from loadtests.twin import Report
+    from loadtests.virtual_engine import Report
 
 Reports = Mapping[str, "Report"]
 Baseline = Callable[[View, Prompt, Reports], Placement | None]
@@ -46,6 +39,11 @@ def cheapest(view: View, costs: Sequence[Any], reason: str) -> Placement | None:
     equals = [s for s, cost in zip(view.replicas, costs, strict=True) if cost == least]
     chosen = equals[view.draw % len(equals)]
     return Placement(chosen, reason, view.cached.get(chosen.id, NOTHING_CACHED))
+
+
+def fewest_requests(view: View) -> Placement | None:
+    """By what this router alone sent."""
+    return cheapest(view, [s.in_flight for s in view.replicas], "fewest requests")
 
 
 def cached_tokens(view: View, standing: Standing) -> int:
@@ -111,16 +109,6 @@ class PromptTree:
 
 
 @dataclass(frozen=True, slots=True)
-class Own:
-    """A policy of Herd's own, which needs the view alone."""
-
-    policy: Policy
-
-    def __call__(self, view: View, prompt: Prompt, reports: Reports) -> Placement | None:
-        return self.policy(view)
-
-
-@dataclass(frozen=True, slots=True)
 class Smg:
     """SMG (sglang-router before), `cache_aware` over HTTP: where most of the text went, if that is much.
 
@@ -144,9 +132,9 @@ class Smg:
         depths = [sent.get(s.id, 0) for s in view.replicas]
         matched = BLOCK_TOKENS * max(depths, default=0)
         if unbalanced(view, self.balance_abs, self.balance_rel):
-            return least_requests(view)
+            return fewest_requests(view)
         if matched <= self.cache_threshold * prompt.num_tokens:
-            return least_requests(view)
+            return fewest_requests(view)
         return cheapest(view, [-depth for depth in depths], f"was sent {matched} tokens of it")
 
 
@@ -162,7 +150,7 @@ class SmgEvents:
 
     def __call__(self, view: View, prompt: Prompt, reports: Reports) -> Placement | None:
         if unbalanced(view, self.balance_abs, self.balance_rel):
-            return least_requests(view)
+            return fewest_requests(view)
         costs = [(-cached_tokens(view, s), s.in_flight) for s in view.replicas]
         return cheapest(view, costs, "holds most of it")
 
@@ -280,8 +268,8 @@ class Llmd:
 class Conductor:
     """Mooncake's conductor without its transfers (FAST'25, algorithm 1): the earliest first token.
 
-    That is after the prefill promised before and its own, and what else runs in those steps. What each
-    replica's step model has learnt is left out: with it, whoever seems slow gets nothing and learns nothing.
+    In the step times of the engine's kind. With what a step model has learnt of each replica, one that seems
+    slow gets nothing, and so goes on seeming slow.
     """
 
     def __call__(self, view: View, prompt: Prompt, reports: Reports) -> Placement | None:
@@ -289,11 +277,10 @@ class Conductor:
 
     @staticmethod
     def _ttft_s(view: View, standing: Standing) -> float:
-        model, cached = standing.steps, cached_tokens(view, standing)
-        prefill = standing.backlog_s(view.now) + model.prefill_s(view.num_tokens - cached, cached)
-        steps = ceil(prefill_tokens(view, standing) / STEP_TOKENS)
-        others = steps * model.step_s(standing.decoding, standing.context)
-        return prefill / model.prefill.value + others / model.decode.value
+        model, cached = StepModel(standing.steps.prior), cached_tokens(view, standing)
+        promised = standing.backlog_s(view.now) / standing.steps.prefill.value
+        own = model.prefill_s(view.num_tokens - cached, cached)
+        return model.first_token_s(promised + own, model.step_s(standing.decoding, standing.context))
 
 
 class LMetric:
@@ -316,14 +303,5 @@ SHIPPED: Mapping[str, Callable[[], Baseline]] = MappingProxyType(
         "llmd_precise": LlmdPrecise,
     }
 )
-# What nobody ships as a router, or everybody: shown beside, and not what Herd is measured by.
-REFERENCES: Mapping[str, Callable[[], Baseline]] = MappingProxyType(
-    {
-        "conductor": Conductor,
-        "lmetric": LMetric,
-        "least_requests": partial(Own, least_requests),
-        "power_of_two": partial(Own, power_of_two),
-        "round_robin": partial(Own, round_robin),
-        "random": partial(Own, random),
-    }
-)
+# Of papers, not of routers that one could run instead.
+PAPERS: Mapping[str, Callable[[], Baseline]] = MappingProxyType({"conductor": Conductor, "lmetric": LMetric})

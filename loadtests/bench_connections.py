@@ -13,12 +13,12 @@ import resource
 from dataclasses import dataclass
 
 import click
-import uvloop
 
 from loadtests import contenders, generator, mock_engine
-from loadtests.bench_relay import BenchFailed, Cores, engines, machine, ready
+from loadtests.bench import BenchFailed, Cores, machine, ready, run_bench
+from loadtests.bench_relay import engines
 from loadtests.contenders import Contender, Running
-from loadtests.cpu import cpu_seconds, pinned, rss_bytes
+from loadtests.cpu import cpu_seconds, rss_bytes
 from loadtests.report import table
 
 REPLY_S = 10.0
@@ -95,7 +95,7 @@ async def bench(
         for count in counts:
             for router in routers:
                 with contenders.running(router, urls[:1], cores.router) as started:
-                    await ready(router.name, started)
+                    await ready(router.name, started, mock_engine.MODEL)
                     samples.append(await measure(router.name, started, count, seconds))
     return samples
 
@@ -127,16 +127,15 @@ def _row(sample: Sample) -> list[str]:
 def main(counts: tuple[int, ...], seconds: float, also: tuple[str, ...]) -> None:
     """Measure idle connections: memory for each, CPU for all of them."""
     routers = [
-        Contender(contenders.HERD, contenders.herd),
+        Contender(contenders.HERD, contenders.herd()),
         *(contenders.template(*a.split("=", 1)) for a in also),
     ]
     cores = Cores.of_machine()
     try:
         allow_files(max(counts) + SPARE_FILES)
-        with pinned({cores.load}):
-            samples = uvloop.run(bench(routers, counts, seconds, cores))
     except BenchFailed as error:
         raise click.ClickException(str(error)) from None
+    samples = run_bench(bench(routers, counts, seconds, cores), cores)
     click.echo(report(samples, machine(cores)))
 
 

@@ -1,4 +1,4 @@
-"""What load each placement policy sustains: traces replayed ever faster in the twin, until users notice.
+"""What load each placement policy sustains: a trace replayed ever faster in the twin, until users notice.
 
 A speed is sustained if the run is `strict` (outcomes.py), and so is every lower speed of the grid: nothing is
 searched, since attainment is not monotonic. Each seed moves the arrivals anew, within the trace's rounding.
@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -18,19 +18,24 @@ from statistics import mean, median
 
 import click
 
-from loadtests.baselines import REFERENCES, SHIPPED, Own
+from loadtests.baselines import PAPERS, SHIPPED
 from loadtests.outcomes import Summary, summarize
 from loadtests.report import spread as with_spread
 from loadtests.report import table
-from loadtests.trace import BLOCK_TOKENS, Arrival, compress, grain, read, spread
-from loadtests.twin import PolicyFactory, Setting, simulate
+from loadtests.simulate import fleet_of
+from loadtests.trace import Arrival, compress, grain, read, spread
+from loadtests.twin import PolicyFactory, Setting, core_policy, simulate
 from router.config import Slo
-from router.core.placement import kv_aware
-from workers.simulated.options import Options
+from router.core.placement import POLICIES as CORE
 
-TRACES = Path(__file__).parent / "traces"
-HERD: Mapping[str, PolicyFactory] = {"kv_aware": partial(Own, kv_aware)}
-POLICIES: Mapping[str, PolicyFactory] = {**HERD, **SHIPPED, **REFERENCES}
+ROOT = Path(__file__).parent.parent
+TRACES, FLEET = ROOT / "loadtests" / "traces", ROOT / "deploy" / "sim-8b.yaml"
+
+_OWN: Mapping[str, PolicyFactory] = {name: core_policy(policy) for name, policy in CORE.items()}
+HERD = {"kv_aware": _OWN["kv_aware"]}
+# What nobody ships as a router, or everybody: shown beside, and not what Herd is measured by.
+REFERENCES = {**PAPERS, **{name: make for name, make in _OWN.items() if name not in HERD}}
+POLICIES = {**HERD, **SHIPPED, **REFERENCES}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +46,7 @@ class Course:
     grid: Sequence[float]
     common: float
     setting: Setting
-    slo: Slo = field(default_factory=Slo)
+    slo: Slo
 
     def run(self, make: PolicyFactory, seed: int, speed: float) -> Summary:
         """One run."""
@@ -65,17 +70,16 @@ def steps(first: float, last: float, step: float = 0.05) -> list[float]:
     return [round(first + n * step, 4) for n in range(round((last - first) / step) + 1)]
 
 
-# Eight engines of an 8B model on one H100 each (roofline estimates, no measurements).
-EIGHT_8B = Setting(Options(preset="8b-h100", block_size=BLOCK_TOKENS).engine_config(), replicas=8)
 COURSES = {"conversation": (steps(1.0, 5.0), 2.0), "synthetic": (steps(0.3, 5.0), 1.5)}
 
 
-def course(name: str, quick: bool = False) -> Course:
+def course(name: str, fleet: Path = FLEET, quick: bool = False) -> Course:
     """A shipped trace on its grid; quick: its first quarter at every fourth speed."""
     arrivals, (grid, common) = read(TRACES / f"{name}.jsonl.gz"), COURSES[name]
     if quick:
         arrivals, grid = arrivals[: len(arrivals) // 4], grid[::4]
-    return Course(arrivals, grid, common, EIGHT_8B)
+    model = fleet_of(fleet)
+    return Course(arrivals, grid, common, model.setting, model.model.slo)
 
 
 def sustainable(
@@ -148,15 +152,16 @@ def _ratios(own: Sequence[Result], best: Sequence[Result]) -> list[float]:
 
 @click.command(context_settings={"show_default": True})
 @click.option("--trace", "name", type=click.Choice(list(COURSES)), default="conversation")
+@click.option("--fleet", type=click.Path(path_type=Path), default=FLEET, help="What is simulated.")
 @click.option("--policies", help="Some of them, separated by commas.  [default: all]", metavar="NAME,...")
 @click.option("--seeds", default=5, help="Runs with arrivals moved anew.", type=click.IntRange(min=1))
 @click.option("--quick", is_flag=True, help="A quarter of the trace, every fourth speed, one seed.")
-def main(name: str, policies: str | None, seeds: int, quick: bool) -> None:
+def main(name: str, fleet: Path, policies: str | None, seeds: int, quick: bool) -> None:
     """What load each placement policy sustains, in the twin; every policy takes some minutes."""
     names = policies.split(",") if policies else list(POLICIES)
     if unknown := [policy for policy in names if policy not in POLICIES]:
         raise click.BadParameter(f"no such policy: {unknown[0]}; there are {', '.join(POLICIES)}")
-    measured = course(name, quick)
+    measured = course(name, fleet, quick)
     results = []
     for result in measure(names, measured, 1 if quick else seeds):
         results.append(result)

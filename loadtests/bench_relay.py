@@ -7,13 +7,8 @@ figure to trust; times depend on everything else that runs. Run through `scripts
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import dataclasses
-import datetime
-import os
-import platform
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,23 +17,17 @@ from functools import partial
 from pathlib import Path
 
 import click
-import httpx
 import msgspec
-import uvloop
 
 from loadtests import contenders, generator, mock_engine
-from loadtests.contenders import DIRECT, Contender, Running
+from loadtests.bench import BenchFailed, Cores, chosen, install_peers, machine, ready, run_bench
+from loadtests.contenders import DIRECT, Contender
 from loadtests.cpu import cpu_seconds, pinned, rss_bytes
 from loadtests.report import SMALL, Run, cost_us, relay_report
 
 ENGINES = 4
-READY_S = 60.0
 # Connections to the engines are open and code is warm after this long.
 SETTLE_S = 0.5
-
-
-class BenchFailed(Exception):
-    """The benchmark cannot be run, or a router broke replies."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,20 +42,6 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
-class Cores:
-    """One core for the router, one for everything else; the same one on a machine with a single core."""
-
-    router: int
-    load: int
-
-    @classmethod
-    def of_machine(cls) -> Cores:
-        """The first two that this process may use."""
-        usable = sorted(os.sched_getaffinity(0))
-        return cls(usable[0], usable[1] if len(usable) > 1 else usable[0])
-
-
-@dataclass(frozen=True, slots=True)
 class Target:
     """What is measured: a port, and the process tree whose CPU counts."""
 
@@ -78,11 +53,11 @@ def loads(plan: Plan, port: int) -> dict[str, generator.Load]:
     """Every load of the plan, against a router on this port."""
     ask = partial(generator.request, port, mock_engine.MODEL)
     length_s = plan.chunks * mock_engine.STEP_S
-    small = generator.Load(ask(stream=False), plan.connections, SETTLE_S, mock_engine.text(1), stream=False)
+    small = generator.same(ask(stream=False), mock_engine.text(1), plan.connections, SETTLE_S, stream=False)
     said = mock_engine.text(plan.chunks)
     # Streams begin one by one over the length of a stream, so that afterwards as many end as begin.
     streams = {
-        f"stream {n}": generator.Load(ask(stream=True), n, length_s, said, stream=True) for n in plan.streams
+        f"stream {n}": generator.same(ask(stream=True), said, n, length_s, stream=True) for n in plan.streams
     }
     return {SMALL: small, **streams}
 
@@ -104,40 +79,22 @@ def engines(chunks: int, core: int) -> Iterator[tuple[int, list[str]]]:
         process.stdout.close()
 
 
-async def ready(name: str, router: Running) -> None:
-    """Waits until a request goes through the router; raises BenchFailed with the end of its log."""
-    url = f"http://127.0.0.1:{router.port}/v1/chat/completions"
-    body = {"model": mock_engine.MODEL, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
-    deadline = asyncio.get_running_loop().time() + READY_S
-    async with httpx.AsyncClient(trust_env=False, timeout=5) as client:
-        while asyncio.get_running_loop().time() < deadline and router.alive:
-            with contextlib.suppress(httpx.HTTPError):
-                if (await client.post(url, json=body)).status_code == 200:
-                    return
-            await asyncio.sleep(0.1)
-    raise BenchFailed(f"{name} does not route requests. Its log ends:\n{router.log_tail}")
-
-
 async def measure(name: str, kind: str, load: generator.Load, plan: Plan, router: Target) -> generator.Sample:
     """One load against one router."""
     try:
-        return await generator.run(load, router.port, plan.seconds, partial(cpu_seconds, router.pid))
+        return await generator.run(load, [router.port], plan.seconds, partial(cpu_seconds, router.pid))
     except (generator.BrokenReply, OSError) as error:
         raise BenchFailed(f"{name}, {kind}: {error}") from None
 
 
 async def bench(plan: Plan, routers: list[Contender], direct: bool, cores: Cores) -> list[Run]:
     """All rounds. `direct` also measures the engines without a router; its CPU is that of the engines."""
-    task = asyncio.current_task()
-    assert task is not None
-    # An exception from a signal handler could land in any callback; cancelled, everything started is ended.
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     with contextlib.ExitStack() as stack:
         engines_pid, urls = stack.enter_context(engines(plan.chunks, cores.load))
         targets = {DIRECT: Target(int(urls[0].rpartition(":")[2]), engines_pid)} if direct else {}
         for router in routers:
             running = stack.enter_context(contenders.running(router, urls, cores.router))
-            await ready(router.name, running)
+            await ready(router.name, running, mock_engine.MODEL)
             targets[router.name] = Target(running.port, running.pid)
         return [run for n in range(plan.rounds) for run in await one_round(n, plan, targets)]
 
@@ -170,35 +127,11 @@ def broken(runs: list[Run]) -> list[str]:
     ]
 
 
-def machine(cores: Cores) -> dict[str, str]:
-    """What the figures were measured on."""
-    named = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    model = named[0].partition(":")[2].strip() if named else platform.machine()
-    shared = " (one core only: the load ran on the router's)" if cores.router == cores.load else ""
-    return {
-        "date": datetime.date.today().isoformat(),
-        "cpu": f"{model}, {os.cpu_count()} cores{shared}",
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-    }
-
-
 def _numbers(context: click.Context, option: click.Parameter, value: str) -> tuple[int, ...]:
     try:
         return tuple(int(number) for number in value.split(","))
     except ValueError:
         raise click.BadParameter(f"{value!r} is not a list of numbers such as 64,256") from None
-
-
-def _chosen(names: str | None, also: tuple[str, ...]) -> tuple[list[Contender], bool]:
-    """The routers of this run, and whether `direct` is among them."""
-    here = contenders.contenders()
-    wanted = names.split(",") if names else [DIRECT, *(c.name for c in here)]
-    unknown = set(wanted) - {DIRECT, *(c.name for c in here)}
-    if unknown:
-        raise click.UsageError(f"not on this machine: {', '.join(sorted(unknown))} (see --peers)")
-    extra = [contenders.template(*pair.split("=", 1)) for pair in also]
-    return [c for c in here if c.name in wanted] + extra, DIRECT in wanted
 
 
 @click.command()
@@ -216,20 +149,12 @@ def main(
     routers: str | None, also: tuple[str, ...], peers: bool, json_file: Path | None,
 ) -> None:  # fmt: skip
     """Compare routers: CPU per chunk and per request, added time to first token, memory."""
-    for name in contenders.PEERS if peers else ():
-        if not contenders.installed(name):
-            click.echo(f"installing {name} {contenders.PEERS[name][0]}", err=True)
-            contenders.install(name)
-    chosen, direct = _chosen(routers, also)
+    if peers:
+        install_peers()
+    routers_here, direct = chosen(contenders.contenders(), routers, also)
     plan = Plan(streams, connections, chunks, seconds, rounds)
     cores = Cores.of_machine()
-    try:
-        with pinned({cores.load}):
-            runs = uvloop.run(bench(plan, chosen, direct, cores))
-    except asyncio.CancelledError:
-        sys.exit(128 + signal.SIGTERM)
-    except BenchFailed as error:
-        raise click.ClickException(str(error)) from None
+    runs = run_bench(bench(plan, routers_here, direct, cores), cores)
     if json_file:
         result = {"machine": machine(cores), "plan": dataclasses.asdict(plan), "runs": runs}
         json_file.write_bytes(msgspec.json.format(msgspec.json.encode(result)))

@@ -8,6 +8,7 @@ requests and passes the others on. Run through `scripts/bench routers`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import time
 from dataclasses import dataclass
@@ -91,15 +92,22 @@ def replica_id(n: int) -> str:
     return f"http://10.0.0.{n}:8000"
 
 
-async def request_costs(way: str, urls: list[str], rounds: int, seconds: float, cores: Cores) -> list[Cost]:
-    """What a small request costs in one way of running routers."""
-    contender = contenders.template(way, WAYS[way])
-    with contenders.running(contender, urls, cores.router) as router:
-        await ready(way, router)
-        while not admin_ports(router):  # told when all processes are there
-            await asyncio.sleep(0.1)
+async def request_costs(urls: list[str], rounds: int, seconds: float, cores: Cores) -> dict[str, list[Cost]]:
+    """What a small request costs in each way of running routers; in turn, since a shared machine drifts."""
+    with contextlib.ExitStack() as stack:
+        routers = {}
+        for way, command in WAYS.items():
+            contender = contenders.template(way, command)
+            router = routers[way] = stack.enter_context(contenders.running(contender, urls, cores.router))
+            await ready(way, router, mock_engine.MODEL)
+            while not admin_ports(router):  # told when all processes are there
+                await asyncio.sleep(0.1)
         await asyncio.sleep(SETTLE_S)
-        return [await request_cost(router, seconds) for _ in range(rounds)]
+        costs: dict[str, list[Cost]] = {way: [] for way in WAYS}
+        for _ in range(rounds):
+            for way, router in routers.items():
+                costs[way].append(await request_cost(router, seconds))
+    return costs
 
 
 async def request_cost(router: Running, seconds: float) -> Cost:
@@ -133,7 +141,7 @@ async def bench(rounds: int, seconds: float, cores: Cores) -> str:
     """Both tables."""
     gossip = await gossip_rows(seconds)
     with engines(chunks=1, core=cores.load) as (_, urls):
-        costs = {way: await request_costs(way, urls, rounds, seconds, cores) for way in WAYS}
+        costs = await request_costs(urls, rounds, seconds, cores)
     rows = [
         [way, spread([c.us for c in found], 0), spread([100 * c.passed_on for c in found], 0)]
         for way, found in costs.items()

@@ -1,7 +1,7 @@
-"""The routers that the relay benchmark compares: Herd, and its peers where they are installed.
+"""The routers that the benchmarks compare: Herd, and its peers where they are installed.
 
-Peers from PyPI live in an environment of their own each, made on request and kept in Herd's cache. All of
-them route round robin and keep their other defaults; Herd keeps all of its own.
+Peers from PyPI live in an environment of their own each, made on request and kept in Herd's cache. A
+benchmark says by which policy they route; in all else they keep their defaults, and so does Herd.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
+
+import httpx
 
 from loadtests.cpu import pinned
 
@@ -25,15 +28,24 @@ from loadtests.cpu import pinned
 STOP_S = 3.0
 DIRECT = "direct"
 HERD = "herd"
-# Package, version, and its command. The versions are fixed so that figures of different days compare.
+# Package, version, and its command. The versions are fixed so that figures of different days compare. Their
+# backend `openai` would send everything to one engine.
 PEERS = {
-    "sglang-router": ("0.3.2", ("sglang-router", "launch", "--backend", "openai")),
+    "sglang-router": ("0.3.2", ("sglang-router", "launch")),
     "vllm-router": ("0.1.17", ("vllm-router",)),
-    "smg": ("1.13.0", ("smg", "launch", "--backend", "openai")),
+    "smg": ("1.13.0", ("smg", "launch", "--backend", "vllm")),
 }
 
-# (worker URLs, port, scratch folder) -> the command line that starts the router.
-Start = Callable[[list[str], int, Path], list[str]]
+
+class Ports(NamedTuple):
+    """Where a router listens: for requests, and for those who read its metrics."""
+
+    front: int
+    admin: int
+
+
+# (worker URLs, ports, scratch folder) -> the command line that starts the router.
+Start = Callable[[list[str], Ports, Path], list[str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +62,7 @@ class Running:
 
     pid: int
     port: int
+    admin_port: int
     log: Path
 
     @property
@@ -62,13 +75,19 @@ class Running:
         return self.log.read_text(errors="replace")[-2000:]
 
 
-def herd(urls: list[str], port: int, scratch: Path) -> list[str]:
+def herd(policy: str | None = None) -> Start:
     """`herd route` from the environment that runs this."""
-    command = [str(Path(sys.executable).with_name("herd")), "route"]
-    return [*command, "--port", str(port), "--admin-port", "0", "--worker-urls", *urls]
+    flags = ("--policy", policy) if policy else ()
+
+    def start(urls: list[str], ports: Ports, scratch: Path) -> list[str]:
+        command = [str(Path(sys.executable).with_name("herd")), "route", *flags]
+        listen = ("--port", str(ports.front), "--admin-port", str(ports.admin))
+        return [*command, *listen, "--worker-urls", *urls]
+
+    return start
 
 
-def haproxy(urls: list[str], port: int, scratch: Path) -> list[str]:
+def haproxy(urls: list[str], ports: Ports, scratch: Path) -> list[str]:
     """HAProxy with one thread and nothing but round robin; the floor for any router."""
     workers = [f"  server w{n} {url.removeprefix('http://')}" for n, url in enumerate(urls)]
     lines = [
@@ -83,7 +102,7 @@ def haproxy(urls: list[str], port: int, scratch: Path) -> list[str]:
         "  timeout client 60s",
         "  timeout server 60s",
         "frontend front",
-        f"  bind 127.0.0.1:{port}",
+        f"  bind 127.0.0.1:{ports.front}",
         "  default_backend workers",
         "backend workers",
         "  balance roundrobin",
@@ -106,36 +125,48 @@ def haproxy_binary() -> str | None:
         return None
 
 
-def peer(name: str) -> Start:
+def peer(name: str, policy: str) -> Start:
     """How a router from PyPI is started, once it is installed."""
 
-    def start(urls: list[str], port: int, scratch: Path) -> list[str]:
+    def start(urls: list[str], ports: Ports, scratch: Path) -> list[str]:
         program, *arguments = PEERS[name][1]
         return [
             str(environment(name) / "bin" / program),
             *arguments,
-            *("--host", "127.0.0.1", "--port", str(port), "--prometheus-port", str(free_port())),
-            *("--policy", "round_robin", "--log-level", "error", "--worker-urls", *urls),
+            *("--host", "127.0.0.1", "--port", str(ports.front), "--prometheus-port", str(ports.admin)),
+            *("--policy", policy, "--log-level", "error", "--worker-urls", *urls),
         ]
 
     return start
 
 
+def vllm_router_by_events(urls: list[str], ports: Ports, scratch: Path) -> list[str]:
+    """vllm-router by the KV events of its engines, which it has to be told of one by one."""
+    told: list[str] = []
+    for url in urls:
+        source = httpx.get(f"{url}/kv_event_sources", trust_env=False).json()["0"]
+        told += ["--kv-event-source", f"{url}={source['endpoint']}"]
+        told += ["--kv-event-replay-source", f"{url}={source['replay_endpoint']}"]
+    model = httpx.get(f"{urls[0]}/v1/models", trust_env=False).json()["data"][0]["id"]
+    command = peer("vllm-router", "kv_aware")(urls, ports, scratch)
+    return [*command, "--kv-event-model", model, *told]
+
+
 def template(name: str, command: str) -> Contender:
     """Any other router, from a command line with {urls} and {port} in it."""
 
-    def start(urls: list[str], port: int, scratch: Path) -> list[str]:
-        return shlex.split(command.format(urls=" ".join(urls), port=port))
+    def start(urls: list[str], ports: Ports, scratch: Path) -> list[str]:
+        return shlex.split(command.format(urls=" ".join(urls), port=ports.front))
 
     return Contender(name, start)
 
 
-def contenders() -> list[Contender]:
-    """Everything that can be started on this machine as it is."""
-    found = [Contender(HERD, herd)]
+def contenders(ours: Start | None = None, policy: str = "round_robin") -> list[Contender]:
+    """Everything that can be started on this machine as it is. `policy`: that of the peers."""
+    found = [Contender(HERD, ours or herd())]
     if haproxy_binary() is not None:
         found.append(Contender("haproxy", haproxy))
-    return found + [Contender(name, peer(name)) for name in PEERS if installed(name)]
+    return found + [Contender(name, peer(name, policy)) for name in PEERS if installed(name)]
 
 
 def environment(name: str) -> Path:
@@ -159,18 +190,19 @@ def install(name: str) -> None:
 
 
 @contextlib.contextmanager
-def running(contender: Contender, urls: list[str], core: int) -> Iterator[Running]:
-    """The router on its core; ended on leaving."""
+def running(contender: Contender, urls: list[str], core: int | None = None) -> Iterator[Running]:
+    """The router, on a core of its own if one is given; ended on leaving."""
     with tempfile.TemporaryDirectory(prefix="herd-bench-") as folder:
-        port = free_port()
+        ports = Ports(free_port(), free_port())
         log = Path(folder) / "log"
-        command = contender.start(urls, port, Path(folder))
-        with log.open("wb") as output, pinned({core}):
+        command = contender.start(urls, ports, Path(folder))
+        own = contextlib.nullcontext() if core is None else pinned({core})
+        with log.open("wb") as output, own:
             process = subprocess.Popen(
                 command, stdout=output, stderr=subprocess.STDOUT, cwd=folder, start_new_session=True
             )
         try:
-            yield Running(process.pid, port, log)
+            yield Running(process.pid, *ports, log)
         finally:
             end(process)
 

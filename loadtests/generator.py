@@ -1,4 +1,4 @@
-"""Load for measuring routers: many connections that send one request over and over and check every reply.
+"""Load for measuring routers: many connections that send request after request and check every reply.
 
 Raw asyncio Protocols, so that the generator costs less than what it measures. While a reply arrives its
 events are only counted; once it has ended it is read as a whole, and one lost, altered or unfinished reply
@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -27,14 +28,20 @@ class BrokenReply(Exception):
     """A reply is not what the engines sent."""
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
-    """One kind of load: this request on so many connections, which start one by one over `ramp_s`."""
+class Ask(NamedTuple):
+    """One request, and the text that its reply holds."""
 
     request: bytes
+    expected: str
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """One kind of load: these requests on so many connections, which start one by one over `ramp_s`."""
+
+    asks: Iterator[Ask]
     connections: int
     ramp_s: float
-    expected: str  # the text that every reply holds
     stream: bool
 
 
@@ -75,6 +82,11 @@ def request(port: int, model: str, stream: bool) -> bytes:
             **({"stream": True} if stream else {"max_tokens": 1}),
         }
     )
+    return message(port, body)
+
+
+def message(port: int, body: bytes) -> bytes:
+    """A chat request as a client library sends it, from its body."""
     head = (
         f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nAccept: application/json\r\n"
         "Content-Type: application/json\r\nUser-Agent: herd-bench\r\nAuthorization: Bearer sk-bench\r\n"
@@ -83,12 +95,17 @@ def request(port: int, model: str, stream: bool) -> bytes:
     return head.encode() + body
 
 
-async def run(load: Load, port: int, seconds: float, cpu: Callable[[], float]) -> Sample:
-    """Puts the load on a port of this machine and measures for so long; `cpu`: CPU seconds used so far."""
+def same(request: bytes, expected: str, connections: int, ramp_s: float, stream: bool) -> Load:
+    """The load of one request, over and over."""
+    return Load(itertools.repeat(Ask(request, expected)), connections, ramp_s, stream)
+
+
+async def run(load: Load, ports: Sequence[int], seconds: float, cpu: Callable[[], float]) -> Sample:
+    """Puts the load on ports of this machine and measures for so long; `cpu`: CPU seconds used so far."""
     loop = asyncio.get_running_loop()
     tally = Tally()
     clients = [Client(load, tally) for _ in range(load.connections)]
-    for client in clients:
+    for client, port in zip(clients, itertools.cycle(ports), strict=False):
         await loop.create_connection(lambda client=client: client, "127.0.0.1", port)
     for n, client in enumerate(clients):
         loop.call_later(n / load.connections * load.ramp_s, client.send)
@@ -141,13 +158,14 @@ class Client(asyncio.Protocol):
             self._stop("the connection was closed within a reply")
 
     def send(self) -> None:
-        """The request goes out."""
+        """The next request goes out."""
         self._parts: list[bytes] = []
         self._tail = b""
         self._length: int | None = None  # of the whole reply, where its head tells
         self._first = False
+        request, self._expected = next(self._load.asks)
         self._sent_at = time.perf_counter()
-        self._transport.write(self._load.request)
+        self._transport.write(request)
 
     def data_received(self, data: bytes) -> None:
         self._tally.events += data.count(b"\n\n")
@@ -178,7 +196,7 @@ class Client(asyncio.Protocol):
     def _complete(self, raw: bytes) -> None:
         self._tally.requests += 1
         try:
-            check(raw, self._load.expected, self._load.stream)
+            check(raw, self._expected, self._load.stream)
         except BrokenReply as error:
             self._stop(str(error))
             return
@@ -211,7 +229,8 @@ def streamed_text(body: bytes) -> str:
     *events, done, end = body.split(b"\n\n")
     if (done, end) != (b"data: [DONE]", b""):
         raise BrokenReply(f"the stream ends with {body[-80:]!r}")
-    return "".join(_content(event.removeprefix(b"data:"), "delta") for event in events)
+    said = (event for event in events if not event.startswith(b":"))  # a comment, which keeps a stream alive
+    return "".join(_content(event.removeprefix(b"data:"), "delta") for event in said)
 
 
 def _content(json: bytes, holder: str) -> str:

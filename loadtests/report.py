@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from loadtests.contenders import DIRECT, HERD
@@ -31,6 +31,8 @@ def spread(values: Sequence[float], digits: int = 1) -> str:
     """`median (min..max)` of one figure over the rounds."""
     if not values:
         return "-"
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
     middle, low, high = statistics.median(values), min(values), max(values)
     return f"{middle:.{digits}f} ({low:.{digits}f}..{high:.{digits}f})"
 
@@ -41,11 +43,36 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+# A figure by router and round.
+Rounds = Mapping[tuple[str, int], float]
+
+
+def compared(costs: Rounds, name: str) -> str:
+    """What a router costs beside Herd in the same round: over 1 is dearer."""
+    if name in (DIRECT, HERD):
+        return "-"
+    rounds = [n for router, n in costs if router == name and (HERD, n) in costs]
+    return spread([costs[name, n] / costs[HERD, n] for n in rounds], 2)
+
+
+def added(times: Rounds, name: str) -> str:
+    """Time beyond that of the same round without a router."""
+    if name == DIRECT:
+        return "-"
+    rounds = [n for router, n in times if router == name and (DIRECT, n) in times]
+    return spread([times[name, n] - times[DIRECT, n] for n in rounds], 2)
+
+
+def where(machine: dict[str, str]) -> str:
+    """What the figures were measured on, in a line."""
+    return f"{machine['date']}, {machine['cpu']}, Linux {machine['kernel']}, Python {machine['python']}."
+
+
 def relay_report(runs: Sequence[Run], machine: dict[str, str]) -> str:
     """The relay benchmark: a table per load, a row per router."""
     names = list(dict.fromkeys(run.router for run in runs))
     kinds = list(runs[0].samples)
-    parts = [f"{machine['date']}, {machine['cpu']}, Linux {machine['kernel']}, Python {machine['python']}."]
+    parts = [where(machine)]
     for kind in sorted(kinds, key=lambda kind: kind == SMALL):
         parts += [_title(kind), _small(runs, names) if kind == SMALL else _streams(runs, names, kind)]
     parts.append(
@@ -115,19 +142,11 @@ def _figures(runs: Sequence[Run], name: str, kind: str) -> Callable[..., str]:
 
 
 def _compared(runs: Sequence[Run], name: str, kind: str) -> str:
-    """What it costs beside Herd in the same round: over 1 is dearer."""
-    cost = {(run.router, run.round): cost_us(kind, run.samples[kind]) for run in runs}
-    rounds = [run.round for run in runs if run.router == name and (HERD, run.round) in cost]
-    return spread([cost[name, n] / cost[HERD, n] for n in rounds], 2) if name not in (DIRECT, HERD) else "-"
+    return compared({(run.router, run.round): cost_us(kind, run.samples[kind]) for run in runs}, name)
 
 
 def _added(runs: Sequence[Run], name: str, kind: str) -> str:
-    """Time to first token beyond that of the same round without a router."""
-    base = {run.round: run.samples[kind].first_p50_ms for run in runs if run.router == DIRECT}
-    mine = {run.round: run.samples[kind].first_p50_ms for run in runs if run.router == name}
-    if name == DIRECT:
-        return "-"
-    return spread([mine[n] - base[n] for n in mine if n in base], 2)
+    return added({(run.router, run.round): run.samples[kind].first_p50_ms for run in runs}, name)
 
 
 def _memory(runs: Sequence[Run], name: str) -> str:

@@ -82,13 +82,13 @@ class Result:
 # -- for people
 
 
-def title(trace: str, arrivals: Sequence[Arrival], fleet: Fleet) -> str:
+def title(trace: str, speed: float, arrivals: Sequence[Arrival], fleet: Fleet) -> str:
     """What is asked, and of what."""
     setting, slo, last = fleet.setting, fleet.model.slo, arrivals[-1].at
     requests, tokens = len(arrivals), sum(arrival.input_length for arrival in arrivals)
     cache = (setting.engine.num_gpu_blocks - 1) * BLOCK_TOKENS
     return (
-        f"{trace}: {requests:,} requests in {last / 60:.1f} min, "
+        f"{trace} x {speed:g}: {requests:,} requests in {last / 60:.1f} min, "
         f"{requests / last:.2f} and {tokens / last:,.0f} prompt tokens a second\n"
         f"{setting.replicas} x {fleet.model.name} ({fleet.engine.preset}, {cache:,} tokens of KV cache), "
         f"routers: {setting.routers}\n"
@@ -147,7 +147,8 @@ def report(results: Sequence[Result]) -> Table:
 
 NOTE = (
     f"Sustained: at least {STRICT_ALL:.0%} within SLO, and {STRICT_LONGEST:.0%} of the longest tenth.\n"
-    "The first tenth of all requests is left out: caches are empty then. Step times are modelled."
+    "The first tenth of all requests is left out, since caches are empty then.\n"
+    "Step times are modelled, not measured."
 )
 
 

@@ -19,13 +19,16 @@ from random import Random
 from typing import cast
 
 from loadtests.outcomes import Outcome
+from loadtests.timeline import Timeline
 from loadtests.trace import BLOCK_TOKENS, MAX_ID, Arrival
-from loadtests.virtual import Report, Server, Timeline
+from loadtests.virtual_engine import Report, VirtualEngine
+from loadtests.virtual_gossip import VirtualGossip
 from router.core import placement
 from router.core.blocks import Keys, Prompt, block_keys
-from router.core.fleet import NOTHING_CACHED, Fleet, Flight, Load, Replica, Standing, Trust, View
+from router.core.fleet import NOTHING_CACHED, Fleet, Flight, Replica, Trust, View
 from router.core.kv_events import AllBlocksCleared, BlockHash, BlockRemoved, BlockStored, KVEvent
 from router.core.placement import Placement
+from router.gossip import ROUND_S
 from workers.simulated.core import EngineConfig, Step
 from workers.simulated.kv_cache import CacheEvent, Removed, Stored
 from workers.simulated.step_time import StepWork
@@ -39,28 +42,41 @@ PolicyFactory = Callable[[], Policy]
 
 
 def core_policy(policy: placement.Policy) -> PolicyFactory:
-    """A policy of router.core, as the twin takes them."""
-    return lambda: lambda view, prompt, reports: policy(view)
+    """A policy of router.core, as the twin takes them; picklable, for runs in other processes."""
+    return partial(partial, _by_view, policy)
+
+
+def _by_view(
+    policy: placement.Policy, view: View, prompt: Prompt, reports: Mapping[str, Report]
+) -> Placement | None:
+    return policy(view)
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
     """What is simulated. Delays and periods in seconds.
 
-    `kv_event_delay`: from the end of a step to the routers' knowledge. `gossip_delay`: from a change of a
-    router's load to the others' knowledge. `scrape_period`: how old a `Report` can be.
+    `kv_event_delay`: from the end of a step to the routers' knowledge. `gossip_period`: between
+    rounds in which routers tell each other all of their load. `gossip_delay`: from one router to another.
+    `scrape_period`: how old a `Report` can be.
     """
 
     engine: EngineConfig
     replicas: int = 8
     routers: int = 1
     kv_event_delay: float = 0.05
-    gossip_delay: float = 0.005
+    gossip_period: float = ROUND_S
+    gossip_delay: float = 0.001
     scrape_period: float = 0.05
 
     def __post_init__(self) -> None:
         if self.engine.block_size != BLOCK_TOKENS:
             raise ValueError(f"traces tell of blocks of {BLOCK_TOKENS} tokens, not {self.engine.block_size}")
+
+    @property
+    def replica_ids(self) -> list[str]:
+        """Names of the replicas."""
+        return [f"replica-{number}" for number in range(self.replicas)]
 
     def fits(self, arrival: Arrival) -> bool:
         """Whether an engine has room for the request; the last token is never an input."""
@@ -135,36 +151,31 @@ class Request:
 
 
 class Router:
-    """One router process: its fleet, its policy, and what the others told it."""
+    """One router process: its fleet, its policy, and its part in the gossip with its `peers`."""
 
-    def __init__(self, policy: Policy, setting: Setting, replicas: Iterable[str]) -> None:
+    def __init__(
+        self, policy: Policy, setting: Setting, timeline: Timeline, peers: list[VirtualGossip]
+    ) -> None:
         self.fleet = Fleet()
-        self.policy = policy
-        self._elsewhere: dict[str, dict[Router, Load]] = {}
-        blocks = setting.engine.num_gpu_blocks
-        for id in replicas:
-            self.fleet.joined(
-                Replica(id, id, (MODEL,), "simulated", BLOCK_TOKENS, num_blocks=blocks), now=0.0
-            )
-            self.fleet.trusted(id, Trust.EXACT, "it is simulated here", BLOCK_TOKENS)
-            self._elsewhere[id] = {}
+        self.gossip = VirtualGossip(self.fleet, timeline, setting.gossip_period, setting.gossip_delay, peers)
+        self._policy = policy
+        size, blocks = setting.engine.block_size, setting.engine.num_gpu_blocks
+        for id in setting.replica_ids:
+            replica = Replica(id, id, (MODEL,), "simulated", block_size=size, num_blocks=blocks)
+            self.fleet.joined(replica, now=0.0)
+            self.fleet.trusted(id, Trust.EXACT, "it is simulated here", size)
 
-    def load(self, id: str, now: float) -> Load:
-        """Its own work at a replica."""
-        standing = self._standing(id)
-        own = standing.backlog_s(now) - standing.elsewhere.prefill_s
-        return Load(standing.in_flight, own, standing.decoding, standing.context)
-
-    def hear(self, of: Router, id: str, load: Load) -> None:
-        """What another router has at a replica."""
-        told = self._elsewhere[id]
-        told[of] = load
-        self._standing(id).elsewhere = sum(told.values(), Load())
-
-    def _standing(self, id: str) -> Standing:
-        standing = self.fleet.get(id)
-        assert standing is not None
-        return standing
+    def place(self, content: Content, reports: Mapping[str, Report], draw: int, now: float) -> Flight:
+        """Chooses a replica; the request is on its way there."""
+        self.gossip.hear()
+        prompt = content.prompt
+        view = self.fleet.view(MODEL, draw, content.affinity, now, prompt)
+        placed = self._policy(view, prompt, reports)
+        assert placed is not None, "all replicas are ready"
+        id = placed.standing.id
+        flight = self.fleet.started(id, now, prompt, view.cached.get(id, NOTHING_CACHED))
+        self.gossip.placed(id)
+        return flight
 
 
 class Twin:
@@ -176,41 +187,33 @@ class Twin:
         self._setting = setting
         self._chance = Random(seed)
         self._fresh = count(MAX_ID)
-        names = [f"replica-{number}" for number in range(setting.replicas)]
-        self._servers = {id: self._server(id) for id in names}
-        self._reports = Reports(self._servers)
-        self._routers = [Router(policy(), setting, names) for _ in range(setting.routers)]
-        self._under_way: dict[str, Request] = {}
-        self._in_flight = dict.fromkeys(names, 0)
+        self._engines = {id: self._engine(id) for id in setting.replica_ids}
+        self._reports = Reports(self._engines)
+        peers: list[VirtualGossip] = []
+        self._routers = [Router(policy(), setting, self.timeline, peers) for _ in range(setting.routers)]
+        self._requests: dict[str, Request] = {}
+        self._in_flight = dict.fromkeys(setting.replica_ids, 0)
 
-    def _server(self, id: str) -> Server:
+    def _engine(self, id: str) -> VirtualEngine:
         setting = self._setting
-        return Server(setting.engine, self.timeline, setting.scrape_period, partial(self._deliver, id))
+        return VirtualEngine(setting.engine, self.timeline, setting.scrape_period, partial(self._deliver, id))
 
     def arrive(self, arrival: Arrival) -> None:
         """A request comes to one of the routers, which places it."""
-        setting, chance, now = self._setting, self._chance, self.timeline.now
-        if not setting.fits(arrival):
+        if not self._setting.fits(arrival):
             self.run.refused += 1
             return
-        router = chance.choice(self._routers)
+        router = self._chance.choice(self._routers)
         content = Content(arrival, self._fresh)
-        prompt = content.prompt
-        view = router.fleet.view(MODEL, chance.getrandbits(64), content.affinity, now, prompt)
-        placed = router.policy(view, prompt, self._reports)
-        assert placed is not None, "all replicas are ready"
-        replica = placed.standing.id
-        cached = view.cached.get(replica, NOTHING_CACHED)
-        flight = router.fleet.started(replica, now, prompt, cached)
+        flight = router.place(content, self._reports, self._chance.getrandbits(64), self.timeline.now)
+        replica = flight.standing.id
         self._in_flight[replica] += 1
-        outcome = Outcome(
-            arrival, setting.unloaded_s(arrival.input_length), replica, cached.tokens, self._crowding()
-        )
+        unloaded = self._setting.unloaded_s(arrival.input_length)
+        outcome = Outcome(arrival, unloaded, replica, flight.cached.tokens, self._crowding())
         id = str(len(self.run.outcomes))
         self.run.outcomes.append(outcome)
-        self._under_way[id] = Request(router, flight, outcome)
-        self._servers[replica].add(id, content, arrival.output_length)
-        self._gossip(router, replica)
+        self._requests[id] = Request(router, flight, outcome)
+        self._engines[replica].add(id, content, arrival.output_length)
 
     def _crowding(self) -> float:
         counts = self._in_flight.values()
@@ -221,9 +224,9 @@ class Twin:
         now = self.timeline.now
         for sequence, finish in step.outputs:
             if sequence.num_outputs == 1:
-                self._first_token(self._under_way[sequence.id], sequence.cached_tokens or 0, now)
+                self._first_token(self._requests[sequence.id], sequence.cached_tokens or 0, now)
             if finish is not None:
-                self._finished(self._under_way.pop(sequence.id), now)
+                self._finished(self._requests.pop(sequence.id), now)
         if step.events:
             self.timeline.at(now + self._setting.kv_event_delay, self._apply, replica, typed(step.events))
 
@@ -233,47 +236,35 @@ class Twin:
         outcome = request.outcome
         outcome.ttft = now - outcome.arrival.at
         outcome.reported = cached_tokens
-        self._gossip(request.router, outcome.replica)
 
     def _finished(self, request: Request, now: float) -> None:
         outcome = request.outcome
         tokens = outcome.arrival.output_length
+        request.router.gossip.hear()
         request.router.fleet.finished(request.flight, now, tokens)
         outcome.tpot = (now - request.first_token_at) / max(1, tokens - 1)
         self._in_flight[outcome.replica] -= 1
-        self._gossip(request.router, outcome.replica)
 
     def _apply(self, replica: str, events: Sequence[KVEvent]) -> None:
         for router in self._routers:
             for event in events:
                 router.fleet.apply(replica, event)
 
-    def _gossip(self, router: Router, replica: str) -> None:
-        if len(self._routers) > 1:
-            now = self.timeline.now
-            load = router.load(replica, now)
-            self.timeline.at(now + self._setting.gossip_delay, self._hear, router, replica, load)
-
-    def _hear(self, of: Router, replica: str, load: Load) -> None:
-        for router in self._routers:
-            if router is not of:
-                router.hear(of, replica, load)
-
 
 class Reports(Mapping[str, Report]):
     """What each engine last reported, by replica id."""
 
-    def __init__(self, servers: Mapping[str, Server]) -> None:
-        self._servers = servers
+    def __init__(self, engines: Mapping[str, VirtualEngine]) -> None:
+        self._engines = engines
 
     def __getitem__(self, id: str) -> Report:
-        return self._servers[id].report()
+        return self._engines[id].report()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._servers)
+        return iter(self._engines)
 
     def __len__(self) -> int:
-        return len(self._servers)
+        return len(self._engines)
 
 
 def typed(events: Iterable[CacheEvent]) -> list[KVEvent]:

@@ -34,7 +34,8 @@ T = TypeVar("T")
 
 JSON = (b"content-type", b"application/json")
 DECISIONS = "/decisions"
-# What `/decisions` tells if nothing is said, and at most: a thousand hold the loop for a third of a second.
+# What `/decisions` tells if nothing is said, and at most: a thousand hold the loop for 45 ms,
+# with 64 replicas for 0.23 s.
 LAST, MOST = 20, 1000
 
 

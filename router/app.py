@@ -56,6 +56,7 @@ def _pool(model: ModelConfig) -> Application:
 def _router(fleet: FleetConfig) -> Application:
     pools = [_pool(model) for model in fleet.models]
     models = [model.name for model in fleet.models]
+    config = fleet.router.model_copy(update={"tokenizers": fleet.tokenizers})
     return serve.deployment(
         deployment.Router,
         name="Router",
@@ -66,7 +67,7 @@ def _router(fleet: FleetConfig) -> Application:
         **HEALTH_CHECKS,
         **LEAVE,
         **STARTS,
-    ).bind(fleet.router.model_dump(), models, *pools)
+    ).bind(config.model_dump(), models, *pools)
 
 
 def deployment_name(model: ModelConfig) -> str:

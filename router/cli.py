@@ -190,13 +190,20 @@ def record(file: Path, seconds: float | None, port: int, run_dir: Path | None) -
 @click.option("--host", default="0.0.0.0", show_default=True)
 @click.option("--port", default=PORT, show_default=True)
 @click.option("--admin-port", default=ADMIN_PORT, show_default=True)
-@click.option("--policy", help=f"How a replica is chosen: {', '.join(POLICIES)}.  [default: least_requests]")
+@click.option("--policy", help=f"How a replica is chosen: {', '.join(POLICIES)}.  [default: kv_aware]")
 @click.option(
     "--model-alias",
     "aliases",
     multiple=True,
     metavar="ALIAS=MODEL",
     help="Another name for a model; may be given several times.",
+)
+@click.option(
+    "--tokenizer",
+    "sources",
+    multiple=True,
+    metavar="[MODEL=]DIR",
+    help="Where a model has its tokenizer and chat template.  [default: as its engines say, if it is here]",
 )
 @click.option(
     "--processes",
@@ -216,6 +223,7 @@ def route(
     more_urls: tuple[str, ...],
     policy: str | None,
     aliases: tuple[str, ...],
+    sources: tuple[str, ...],
     processes: int,
     **listen: Any,
 ) -> None:
@@ -223,9 +231,14 @@ def route(
 
     With several processes SIGHUP replaces them, one after the other, without losing a connection.
     """
-    from router.route import run, stands_for
+    from router.route import run, stands_for, tokenizers
 
-    settings = {**listen, "replicas": processes, "aliases": stands_for(aliases)}
+    settings = {
+        **listen,
+        "replicas": processes,
+        "aliases": stands_for(aliases),
+        "tokenizers": tokenizers(sources),
+    }
     if policy is not None:
         settings["policy"] = policy
     if processes == 1:
@@ -297,8 +310,9 @@ def simulate(
     if as_json:
         click.echo(twin.as_json(trace.name, speed, seed, simulated, results))
         return
-    out = Console(highlight=False)
-    out.print(twin.title(trace.name, arrivals, simulated), end="\n\n")
+    # Nothing is folded where no terminal has to be fitted.
+    out = Console(highlight=False, width=None if sys.stdout.isatty() else 1000)
+    out.print(twin.title(trace.name, speed, arrivals, simulated), end="\n\n")
     out.print(twin.report(results))
     out.print(f"\n{twin.NOTE}", style="dim")
 

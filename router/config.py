@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from router.core.placement import POLICIES
+from router.core.placement import POLICIES, kv_aware
 from router.decisions import DecisionsConfig
 from router.errors import ConfigError
 from router.http.cors import Cors
@@ -46,7 +46,7 @@ class RouterConfig(BaseModel):
     admin_port: Port = 8001  # of the first router process on a machine; the next ones have the next ports
     replicas: Annotated[int, Field(ge=1)] = 1
     shards: Annotated[int, Field(ge=1)] = 1
-    policy: str = "least_requests"
+    policy: str = kv_aware.__name__
     tokenizers: dict[Name, TokenizerConfig] = {}
     allow_kv_transfer_params: bool = False
     aliases: dict[Name, Name] = {}
@@ -112,6 +112,13 @@ class FleetConfig(BaseModel):
     models: Annotated[list[ModelConfig], Field(min_length=1)]
     router: RouterConfig = RouterConfig()
 
+    @property
+    def tokenizers(self) -> dict[str, TokenizerConfig]:
+        """By model: as the router is told, else as the model's engines are started."""
+        of_engines = {model.name: TokenizerConfig.of_engine(model) for model in self.models}
+        known = {name: config for name, config in of_engines.items() if config is not None}
+        return known | self.router.tokenizers
+
     @model_validator(mode="after")
     def _unique_names(self) -> FleetConfig:
         names = [model.name for model in self.models]
@@ -138,11 +145,11 @@ def parse_router(settings: Mapping[str, Any]) -> RouterConfig:
 def load(path: Path) -> dict[str, Any]:
     """A Serve config file with one Herd application, checked; its content as `serve deploy` sends it."""
     try:
-        document = yaml.safe_load(path.read_text())
+        document = yaml.safe_load(path.read_bytes())
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {error}") from None
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     try:
         application = application_of(document)
         parse(application.get("args") or {})

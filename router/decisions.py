@@ -32,9 +32,10 @@ CACHED = "cached"  # no replica had more of it than the chosen one
 AWAY = "away"  # another one had more
 BRANCHES = (BLIND, COLD, CACHED, AWAY)
 
-# A candidate: requests in flight, sequences decoding, tokens cached at hand, on slower tiers; seconds of
-# backlog, of prefill; cost. The seconds are NAN where the policy does not go by them.
-CANDIDATE = struct.Struct("4i3f")
+# A candidate: requests in flight, sequences decoding, tokens cached at hand, on slower tiers; then, NAN where
+# the policy does not go by them, what was FORECAST, and its cost.
+CANDIDATE = struct.Struct("4i6f")
+FORECAST = ("backlog_s", "prefill_s", "step_s", "ttft_s", "busy")
 UNTOLD = Forecast(nan, nan, nan, nan, nan, 0)
 # Of the error that ended a stream as much is kept; vLLM's sentences are shorter.
 ERROR_BYTES = 300
@@ -45,7 +46,7 @@ _UNSAID = re.compile(r"[^\x20-\x7e]+")
 class DecisionsConfig(BaseModel):
     """What is told of decisions.
 
-    `keep`: the newest so many, in each router process; one takes about 0.8 KiB, and 28 bytes more for each
+    `keep`: the newest so many, in each router process; one takes about 0.7 KiB, and 40 bytes more for each
     replica of its model. `headers`: replies tell theirs, in x-route-decision and x-herd-replica.
     """
 
@@ -209,16 +210,18 @@ def _packed(view: View, placement: Placement) -> bytearray:
     packed, place = bytearray(CANDIDATE.size * len(view.replicas)), 0
     for standing, forecast, cost in zip(view.replicas, forecasts, costs, strict=False):
         cached, others = had(standing.replica.id, NOTHING_CACHED), standing.elsewhere
-        # By place, which costs half as much as by name: tokens and slower, backlog_s and prefill_s.
         pack_into(
             packed,
             place,
             standing.in_flight + others.in_flight,
             standing.decoding + others.decoding,
-            cached[0],
+            cached[0],  # by place, which costs half as much as by name
             cached[1],
             forecast[0],
             forecast[1],
+            forecast[2],
+            forecast[3],
+            forecast[4],
             cost,
         )
         place += CANDIDATE.size
@@ -252,15 +255,14 @@ def _described(decision: Decision, epoch: float) -> dict[str, Any]:
 
 def _candidates(decision: Decision) -> Iterator[dict[str, Any]]:
     rows = zip(decision.replicas, decision.trusts, CANDIDATE.iter_unpack(decision.figures), strict=True)
-    for standing, trust, (in_flight, decoding, cached, slower, backlog_s, prefill_s, cost_s) in rows:
+    for standing, trust, (in_flight, decoding, cached, slower, *forecast, cost_s) in rows:
         yield {
             "replica": standing.id,
             "chosen": standing is decision.standing,
             "trust": trust,
             "cached_tokens": cached,
             "slower_tokens": slower,
-            "backlog_s": _known(backlog_s),
-            "prefill_s": _known(prefill_s),
+            **{name: _known(number) for name, number in zip(FORECAST, forecast, strict=True)},
             "cost_s": _known(cost_s),
             "decoding": decoding,
             "in_flight": in_flight,

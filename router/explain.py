@@ -71,7 +71,8 @@ def _request(told: Told) -> RenderableType:
     parts: list[RenderableType] = [_heads(told)]
     for number, attempt in enumerate(attempts, 1):
         if len(attempts) > 1:
-            parts += ["", Text(f"Attempt {number} of {len(attempts)}", style="bold")]
+            heading = f"Attempt {number} of {len(attempts)}: {attempt['outcome']}"
+            parts += ["", Text(heading, style="bold")]
         parts += ["", _candidates(attempt), "", _comparison(attempt)]
     return Group(*parts)
 
@@ -152,6 +153,10 @@ def _seconds(number: float | None) -> str | None:
     return f"{number * 1e3:.0f} ms" if number < 1 else f"{number:.2f} s"
 
 
+def _share(number: float | None) -> str | None:
+    return None if number is None else f"{number:.0%}"
+
+
 def _when(unix: float) -> str:
     return datetime.fromtimestamp(unix).astimezone().strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
 
@@ -172,6 +177,9 @@ CANDIDATES: dict[str, Callable[[Told], str | None]] = {
     "SLOWER": lambda c: _count(c["slower_tokens"]),
     "BACKLOG": lambda c: _seconds(c["backlog_s"]),
     "PREFILL": lambda c: _seconds(c["prefill_s"]),
+    "FIRST TOKEN": lambda c: _seconds(c["ttft_s"]),
+    "STEP": lambda c: _seconds(c["step_s"]),
+    "BUSY": lambda c: _share(c["busy"]),
     "COST": lambda c: _seconds(c["cost_s"]),
     "DECODING": lambda c: _count(c["decoding"]),
     "IN FLIGHT": lambda c: _count(c["in_flight"]),

@@ -76,7 +76,15 @@ class FrontDoor:
             self._gossip.placed,
             promised,
         )
-        self._shards = Shards(self._relay, self._gossip, self.metrics, config.shards, config.aliases)
+        self._shards = Shards(
+            self._relay,
+            self.fleet,
+            self._caches,
+            self._gossip,
+            self.metrics,
+            config.shards,
+            config.aliases,
+        )
         handler = self._relay if config.shards == 1 else self._shards
         self._front = Server(handler, refusal, config.limits, config.cors)
         self._direct = Server(self._relay, refusal, config.limits)
@@ -107,6 +115,8 @@ class FrontDoor:
             self.contact = await self._gossip.start(self._peer_host)
             self._place.announce(self.admin_port)
             self._place.introduce(self.contact)
+            if config.shards > 1:
+                self._shards.start()
         except ListenError:
             await self.stop(0)
             raise
@@ -171,4 +181,4 @@ class FrontDoor:
         await self._watch.stop()
         await self._caches.stop()
         self._upstreams.close()
-        self._shards.close()
+        self._shards.stop()

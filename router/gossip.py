@@ -173,7 +173,8 @@ class Gossip(asyncio.DatagramProtocol):
         self._fates[self._take(data)].inc()
 
     def error_received(self, exc: Exception) -> None:
-        """Nobody listens there any more, which its silence tells as well."""
+        """A datagram could not be sent; the next round says as much."""
+        self._fates["unsent"].inc()
         log.debug("to another router process: %r", exc)
 
     def _take(self, data: bytes) -> str:

@@ -30,7 +30,7 @@ LAG_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 
 RETRY_REASONS = ("connect", "cut")
 # What became of datagrams between router processes: those of a process that is not known, whose signature is
 # another's, or that are no newer than what is known, are dropped.
-DATAGRAM_FATES = ("sent", "taken", "stale", "unknown", "forged", "malformed")
+DATAGRAM_FATES = ("sent", "unsent", "taken", "stale", "unknown", "forged", "malformed")
 # Whether the owner of a request answered it; where it failed the request was served by the first router.
 OWNER_OUTCOMES = ("passed", "failed")
 
@@ -43,6 +43,8 @@ COUNTERS = (
     ("disconnects", "client_disconnects", "Requests given up because the client left."),
     ("truncated", "streams_truncated", "Streams that ended in an error after their first byte."),
     ("replica_failures", "replica_failures", "Times a replica was taken out of traffic."),
+    ("event_gaps", "kv_event_gaps", "Times that KV events were missing, and asked for again."),
+    ("events_lost", "kv_events_lost", "Times that KV events were lost, and what a cache holds with them."),
     ("predictions", "predictions", "Predictions of cached tokens that an engine's report was compared with."),
     ("predicted_cached", "predicted_cached_tokens", "Prompt tokens predicted to be cached, of these."),
     ("reported_cached", "reported_cached_tokens", "Prompt tokens reported to be cached, of these."),
@@ -83,6 +85,8 @@ class ModelMetrics:
     disconnects: Counter
     truncated: Counter
     replica_failures: Counter
+    event_gaps: Counter
+    events_lost: Counter
     predictions: Counter
     predicted_cached: Counter
     reported_cached: Counter

@@ -21,8 +21,8 @@ from router.http.event_watch import CHUNKS, UNKNOWN, Ending
 from router.http.sse import EventStream, Usage, usage_of
 
 Fields = dict[str, msgspec.Raw]
-# What tells an engine to take KV blocks, or the prompt itself, from elsewhere. vLLM looks for a prompt there in
-# chats, messages and responses, not in completions.
+# What tells an engine to take KV blocks, or the prompt itself, from elsewhere. A prompt is what vLLM looks
+# for in chats, messages and responses.
 TRANSFER = "kv_transfer_params"
 Aliases = Mapping[str, str]
 
@@ -205,8 +205,8 @@ class Call:
     def upstream_body(self, response_id: str | None = None, prompt_ids: bytes | None = None) -> bytes:
         """The body for the engine: as it came, but streams are asked for token ids and usage too.
 
-        `response_id`: the id for the reply that is stored. `prompt_ids`: token ids (little-endian uint32) that
-        stand for the prompt, in families that take them.
+        `response_id`: the id for the reply that is stored. `prompt_ids`: token ids (little-endian uint32) in
+        place of the prompt, for families that take them.
         """
         fields = self.fields
         if prompt_ids is not None and self.family.sent_ids is not None:

@@ -50,9 +50,15 @@ class Prompter:
 
         Raises Unrenderable.
         """
+        return self.text(self.render(messages, tools, **options), add_special_tokens)
+
+    def render(
+        self, messages: Sequence[Any], tools: Sequence[Mapping[str, Any]] | None, **options: Any
+    ) -> str:
+        """The text of a chat. Raises Unrenderable."""
         if self._renderer is not None:
             raise Unrenderable(f"vLLM renders chats of {self._renderer} by code of its own")
-        return self.text(self._template.render(messages, tools, **options), add_special_tokens)
+        return self._template.render(messages, tools, **options)
 
 
 def _own_renderer(directory: Path) -> str | None:

@@ -31,8 +31,8 @@ KEPT_TOOLS, MAX_KEPT_BYTES = 64, 256 * 1024
 # What a client may set for a template: nothing that could make it loop or write for long.
 MAX_VARIABLE_CHARS, MAX_VARIABLE = 256, 1_000_000
 
-# Members of a request that leave its prompt alone: those of which vLLM's source shows it, and some that it does
-# not know. With any other the token ids are not sent.
+# Members of a request that leave its prompt alone: those of which vLLM's source shows it, and a few that it
+# ignores. With any other the token ids are not sent.
 INERT = frozenset(
     {
         "allowed_token_ids", "bad_words", "cache_salt", "frequency_penalty", "ignore_eos",
@@ -175,6 +175,8 @@ def _completion(fields: Fields, prompter: Prompter) -> Tokens:
     prompt = _required(fields, "prompt", str | list)
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
         prompt = prompt[0]
+    if prompt in ("", []):
+        raise Unread("the prompt is empty")
     if isinstance(prompt, str):
         return Tokens(prompter.text(prompt, _member(fields, "add_special_tokens", bool, True)))
     if any(isinstance(part, str | list) for part in prompt):

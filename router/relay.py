@@ -197,7 +197,7 @@ class Relay:
     async def _carry(self, journey: Journey, keeper: str | None) -> None:
         """Tries replicas until one has answered; each is tried once. `keeper`: the only one that can."""
         key = affinity_key(journey.call, journey.request.headers) if self._keyed else None
-        if self._prompted:
+        if self._prompted or self.arrivals.wanted(journey.request.received_at):
             journey.reading = await self._tokenizers.read(journey.call)
         tried: frozenset[str] = frozenset()
         while True:

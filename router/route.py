@@ -22,6 +22,7 @@ from router.config import parse_router
 from router.errors import ConfigError, HerdError
 from router.front import Endpoint, FrontDoor
 from router.processes import LEFT, LINK, OPEN
+from router.tokenizer_config import ANY
 from router.watchdog import watch
 
 # After the first signal streams end by themselves within this, else they are cut.
@@ -69,6 +70,18 @@ def stands_for(given: Sequence[str]) -> dict[str, str]:
         if aliases.setdefault(alias, model) != model:
             raise ConfigError(f"--model-alias: {alias!r} is given twice")
     return aliases
+
+
+def tokenizers(given: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Where each `MODEL=DIR` of the command line has its tokenizer; a `DIR` alone is that of all others."""
+    sources: dict[str, dict[str, str]] = {}
+    for one in given:
+        model, separator, directory = one.rpartition("=")
+        if not directory or (separator and not model):
+            raise ConfigError(f"--tokenizer: {one!r} is not of the form [MODEL=]DIR")
+        if sources.setdefault(model or ANY, {"source": directory})["source"] != directory:
+            raise ConfigError(f"--tokenizer: that of {model or 'all models'} is given twice")
+    return sources
 
 
 class Orders:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,16 +19,14 @@ from router.core.fleet import Replica
 from router.openai_api import Call
 from router.prompter import Prompter
 from router.prompts import Reading, read
-from router.tokenizer_config import TokenizerConfig
+from router.tokenizer_config import ANY, TokenizerConfig
 
 log = logging.getLogger(__name__)
 
-# The name that stands for every model without a tokenizer of its own.
-ANY = "*"
-# What is longer is read beside the loop: about here it takes a millisecond (`scripts/bench tokens`), of which
-# three quarters hold the GIL, so for shorter ones the change of threads would cost more than it spares.
-LONG_BODY_BYTES = 192 * 1024
-# By tokenizers instead of fastokens a millisecond is reached here.
+# What is longer is read beside the loop. Here it takes about a millisecond (`scripts/bench tokens`), most of
+# it with the GIL: shorter ones would cost more by changing threads than the loop would gain.
+LONG_BODY_BYTES = 160 * 1024
+# With tokenizers instead of fastokens a millisecond is over here.
 LONG_SLOW_BODY_BYTES = 2048
 THREADS = 2
 
@@ -63,6 +62,8 @@ class Tokenizers:
 
     def start(self) -> None:
         """Begins to load what is configured."""
+        # Both libraries would use all cores for one long text, in every router process of the machine.
+        os.environ.setdefault("RAYON_NUM_THREADS", "1")
         for name, config in self._configured.items():
             self._by_name[name] = self._entry(config)
 

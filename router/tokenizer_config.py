@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from workers.chat_messages import ContentFormat
 from workers.engine import EngineSpec
 
+# The name that stands for every model without a tokenizer of its own.
+ANY = "*"
 # Flags under which vLLM makes prompts in ways that are not followed here.
 NOT_FOLLOWED = ("skip-tokenizer-init", "enable-prompt-embeds", "tokenizer-revision")
 TOKENIZER_MODES = ("auto", "hf")

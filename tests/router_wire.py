@@ -101,7 +101,10 @@ def says(*parts: bytes, close: bool = False) -> Script:
     return script
 
 
-MODELS = b'{"data":[{"id":"m","max_model_len":4096},{"id":"lora","max_model_len":null}]}'
+MODELS = (
+    b'{"data":[{"id":"m","max_model_len":4096,"root":"/models/m","parent":null},'
+    b'{"id":"lora","max_model_len":null,"root":"/adapters/lora","parent":"m"}]}'
+)
 VLLM_METRICS = (
     b'# TYPE vllm:cache_config_info gauge\nvllm:cache_config_info{block_size="32",num_gpu_blocks="64"} 1.0\n'
 )
@@ -176,7 +179,8 @@ async def relaying(
 @contextlib.asynccontextmanager
 async def front_door(**settings: Any) -> AsyncIterator[FrontDoor]:
     """A whole router process for model `m`, on free ports; replicas are announced to it by the test."""
-    config = RouterConfig(**{"host": "127.0.0.1", "port": 0, "admin_port": 0, **settings})
+    usual = {"host": "127.0.0.1", "port": 0, "admin_port": 0, "policy": "least_requests"}
+    config = RouterConfig(**usual | settings)
     front = FrontDoor(config, promised=("m",))
     await front.start()
     await front.open()

@@ -13,16 +13,8 @@ Message = dict[str, Any]
 # Content as one string or as a list of parts; "auto": as the template wants it.
 ContentFormat = Literal["auto", "string", "openai"]
 
-# Content parts that are text, and where in them it stands.
-TEXT_PARTS = {
-    "text": "text",
-    "input_text": "text",
-    "output_text": "text",
-    "refusal": "refusal",
-    "thinking": "thinking",
-}
-# Those that are left out where it is null.
-NULLABLE_PARTS = ("text", "refusal")
+# Content parts that are text, and where in them it stands. The others than the first are the assistant's.
+TEXT_PARTS = {"text": "text", "refusal": "refusal", "thinking": "thinking"}
 # What else a part may hold: templates see it, none is known to print it.
 PART_EXTRAS = ("cache_control",)
 # How Claude Code's system prompt begins, with a number that is new in every request. vLLM drops the line.
@@ -62,7 +54,7 @@ def _message(message: Any, parts: bool) -> Message:
     role, content = _field(message, "role", str), message.get("content")
     if role == "system" and content is not None:
         content = _without_billing_header(content)
-    result: Message = {"role": role, "content": _content(content, parts and role != "tool")}
+    result: Message = {"role": role, "content": _content(content, role, parts)}
     if len(message) > 2 or content is None or role == "developer":
         _add_what_a_role_has(result, message)
     return result
@@ -89,30 +81,29 @@ def _add_what_a_role_has(result: Message, message: Mapping[str, Any]) -> None:
         result["tools"] = None
 
 
-def _content(content: object, parts: bool) -> str | list[dict[str, Any]]:
+def _content(content: object, role: str, parts: bool) -> str | list[dict[str, Any]]:
+    """As the template wants it; what a tool said is always a string. In strings empty parts are no lines."""
     if isinstance(content, str):
-        return [{"type": "text", "text": content}] if parts else content
-    if content is None:
+        return [{"type": "text", "text": content}] if parts and role != "tool" else content
+    if content is None and role == "assistant":
         return [] if parts else ""
     if not isinstance(content, list):
         raise Unrenderable("a message's content is neither text nor a list")
-    found = list(_texts(content))
-    return found if parts else "\n".join([part["text"] for part in found])
+    found = list(_texts(content, role))
+    if parts and role != "tool":
+        return found
+    return "\n".join([part["text"] for part in found if parts or part["text"]])
 
 
-def _texts(content: list[Any]) -> Iterator[dict[str, Any]]:
+def _texts(content: list[Any], role: str) -> Iterator[dict[str, Any]]:
     for part in content:
-        if isinstance(part, str):
-            yield {"type": "text", "text": part}
-            continue
         kind = _field(part, "type", str)
-        if kind not in TEXT_PARTS:
+        if kind not in TEXT_PARTS or (kind != "text" and role != "assistant"):
             raise Unrenderable(f"a message's content has a part of the type {kind!r}")
         if foreign := part.keys() - {"type", TEXT_PARTS[kind], *PART_EXTRAS}:
             raise Unrenderable(f"a part of a message's content has {min(foreign)!r}")
-        if part.get(TEXT_PARTS[kind]) is not None or kind not in NULLABLE_PARTS:
-            extras = {name: part[name] for name in PART_EXTRAS if name in part}
-            yield {"type": "text", "text": _field(part, TEXT_PARTS[kind], str), **extras}
+        extras = {name: part[name] for name in PART_EXTRAS if name in part}
+        yield {"type": "text", "text": _field(part, TEXT_PARTS[kind], str), **extras}
 
 
 def _without_billing_header(content: object) -> object:
@@ -123,11 +114,11 @@ def _without_billing_header(content: object) -> object:
         return content
     kept = []
     for part in content:
-        text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else part
+        text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
         if not (isinstance(text, str) and text.startswith(BILLING_HEADER)):
             kept.append(part)
         elif rest := text.partition("\n")[2]:
-            kept.append(rest if isinstance(part, str) else {**part, "text": rest})
+            kept.append({**part, "text": rest})
     return kept
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
-from types import MappingProxyType
+from types import BuiltinMethodType, MappingProxyType, MethodType
 from typing import Any, NoReturn
 
 import jinja2
@@ -18,6 +18,7 @@ from jinja2.nodes import Node, Scope
 from jinja2.parser import Parser
 from jinja2.runtime import Context, LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace, missing
 
 from workers.chat_messages import ContentFormat, Message, Unrenderable, conversation
 from workers.content_format import wants_parts
@@ -206,9 +207,10 @@ def _read(given: str) -> str:
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, but it asks less where the answer is known: half of a template's time went into that.
+    """Jinja's sandbox, but it asks less where the answer is known: more than half of a template's time.
 
-    What every dict lacks as an attribute is an item, what a loop has is public, macros are safe to call.
+    What every dict lacks as an attribute is an item, what loops and namespaces show is for templates, and
+    macros are templates.
     """
 
     def getattr(self, obj: Any, attribute: str) -> Any:
@@ -219,8 +221,10 @@ class _Environment(ImmutableSandboxedEnvironment):
                 return obj[attribute]
             except KeyError:
                 return self.undefined(obj=obj, name=attribute)
-        if kind is LoopContext and attribute in _OF_EVERY_LOOP:
-            return getattr(obj, attribute)
+        if (kind is LoopContext or kind is Namespace) and not attribute.startswith("_"):
+            value = getattr(obj, attribute, missing)
+            if value is not missing and not isinstance(value, _METHODS):
+                return value
         return super().getattr(obj, attribute)
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
@@ -233,10 +237,10 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 
 _OF_EVERY_DICT = frozenset(dir({}))
-_OF_EVERY_LOOP = frozenset(name for name in dir(LoopContext) if not name.startswith("_"))
+_METHODS = (MethodType, BuiltinMethodType)
 
 
-class _Generation(Extension):
+class Generation(Extension):
     """`{% generation %}` marks for training what the model says; here it changes nothing."""
 
     tags = {"generation"}
@@ -249,7 +253,7 @@ class _Generation(Extension):
 @lru_cache(maxsize=1)
 def _environment() -> _Environment:
     """Jinja as transformers sets it up for chat templates."""
-    environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+    environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)

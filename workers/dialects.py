@@ -148,7 +148,8 @@ def _add_item(chat: list[Message], item: Mapping[str, Any], first: int) -> None:
             else:
                 last["tool_calls"] = [*last.get("tool_calls", ()), call]
         case "function_call_output":
-            chat.append({"role": "tool", "content": item.get("output"), "tool_call_id": item.get("call_id")})
+            content = _input_text(item.get("output"))
+            chat.append({"role": "tool", "content": content, "tool_call_id": item.get("call_id")})
         case "message" if item.get("role") == "assistant":
             text = _first_text(item.get("content"))
             if last is not None and last.get("content") is None:
@@ -156,7 +157,7 @@ def _add_item(chat: list[Message], item: Mapping[str, Any], first: int) -> None:
             else:
                 chat.append({"role": "assistant", "content": text})
         case "message" if "role" in item:
-            chat.append({"role": item["role"], "content": item.get("content")})
+            chat.append({"role": item["role"], "content": _input_text(item.get("content"))})
         case "reasoning" if item.get("content") and not item.get("encrypted_content"):
             thought = _first_text(item["content"])
             if last is not None and last.get("reasoning") is None:
@@ -165,6 +166,14 @@ def _add_item(chat: list[Message], item: Mapping[str, Any], first: int) -> None:
                 chat.append({"role": "assistant", "reasoning": thought})
         case other:
             raise Unrenderable(f"an input item of the type {other!r}")
+
+
+def _input_text(content: object) -> object:
+    """Parts of an input's content as those of a chat."""
+    if isinstance(content, str):
+        return content
+    blocks = _blocks(content)
+    return [{**block, "type": "text"} if block.get("type") == "input_text" else block for block in blocks]
 
 
 def _first_text(content: object) -> str:

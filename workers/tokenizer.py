@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, processors
+from tokenizers import AddedToken
 from tokenizers.decoders import DecodeStream
 
 # Texts on which fastokens must agree with tokenizers before its ids are trusted.
@@ -32,6 +32,9 @@ LONG_PROBE = 128 * 1024
 
 # What stands between added tokens is kept with its ids: some 1,000 conversations of 32 KB.
 SEGMENT_CACHE_BYTES = 96 * 2**20
+
+# Those that every tokenizer may have, in the order in which transformers adds what is missing.
+USUAL_TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
 # Enough tokens before the output for any decoder to know whether a space or half a character precedes it.
 DECODE_CONTEXT = 16
@@ -111,8 +114,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def special_tokens(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """The tokens that have a name, by it: `bos_token`, `eos_token` and the like."""
-    named = {name: token for name, token in config.items() if name.endswith("_token")}
+    """The tokens that have a name, by it: `bos_token`, `eos_token` and the like, the usual ones first."""
+    named = dict.fromkeys(USUAL_TOKENS) | {name: config[name] for name in config if name.endswith("_token")}
     if isinstance(extra := config.get("extra_special_tokens"), Mapping):
         named |= extra
     if "added_tokens_decoder" not in config:  # then an older file counts too
@@ -136,8 +139,6 @@ def load(directory: Path, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     _add_tokens(tokenizer, directory, config)
-    if "add_bos_token" in config or "add_eos_token" in config:
-        tokenizer.post_processor = _ends(tokenizer, special_tokens(directory, config), config)
     return tokenizer
 
 
@@ -151,20 +152,10 @@ def _add_tokens(tokenizer: tokenizers.Tokenizer, directory: Path, config: Mappin
     known = {repr(token) for token in tokenizer.get_added_tokens_decoder().values()}
     tokenizer.add_tokens([token for _, token in sorted(listed.items()) if repr(token) not in known])
     there = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    named = special_tokens(directory, config).values()
-    tokenizer.add_special_tokens([token for token in named if token not in there])
-
-
-def _ends(
-    tokenizer: tokenizers.Tokenizer, special: Mapping[str, str], config: Mapping[str, Any]
-) -> processors.TemplateProcessing:
-    """What stands before and behind a text that gets special tokens."""
-    begin, end = (
-        special.get(f"{name}_token") if config.get(f"add_{name}_token") else None for name in ("bos", "eos")
-    )
-    pieces = [piece for piece in (begin, "$A", end) if piece]
-    used = [(token, tokenizer.token_to_id(token)) for token in (begin, end) if token]
-    return processors.TemplateProcessing(single=pieces, pair=[*pieces, "$B"], special_tokens=used)
+    nameless = config.get("extra_special_tokens") or config.get("additional_special_tokens") or ()
+    contents = [_content(token) for token in nameless] if isinstance(nameless, list) else []
+    special = [*special_tokens(directory, config).values(), *filter(None, contents)]
+    tokenizer.add_special_tokens([token for token in special if token not in there])
 
 
 def _tokenizers(reference: tokenizers.Tokenizer) -> Encode:

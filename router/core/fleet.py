@@ -18,6 +18,9 @@ from router.core.kv_events import AllBlocksCleared, KVEvent
 from router.core.kv_index import HISTORY, KVIndex, bits_of
 from router.core.step_model import StepModel
 
+# A router with a share of the replicas leaves it while it has so many times the average to do: then a cache
+# is worth less than a place. As for the bound of consistent_hash, small differences are no reason.
+SPILL = 1.5
 # Tokens of KV cache of an engine that does not tell: an 8B model in 16 bits on a GPU of 80 GB has 450,000.
 UNTOLD_CAPACITY = 400_000
 # What counts as lately (seconds): a few answers long, so that it tells what a stream will meet.
@@ -268,13 +271,20 @@ class Flight:
     first_token_at: float | None = None
 
 
+def _overfull(own: tuple[Standing, ...], every: tuple[Standing, ...]) -> bool:
+    """Whether a replica of a share has on average over SPILL times what one of all has."""
+    most = SPILL * (sum([s.requests for s in every]) + 1) / len(every)
+    return sum([s.requests for s in own]) / len(own) > most
+
+
 @dataclass(slots=True)
 class Fleet:
     """Every replica of every model. Single-threaded: only the router's event loop writes it."""
 
     index: KVIndex = field(default_factory=KVIndex)
     _standings: dict[str, Standing] = field(default_factory=dict)
-    _ready: dict[str, tuple[Standing, ...]] = field(default_factory=dict)
+    _ready: dict[str, tuple[tuple[Standing, ...], tuple[Standing, ...]]] = field(default_factory=dict)
+    _share: frozenset[str] | None = None
     _turns: int = 0
 
     # -- replicas come, go, fail
@@ -323,7 +333,7 @@ class Fleet:
     def apply(self, replica_id: str, event: KVEvent) -> Keys:
         """What a replica's cache gained or lost. Returns the keys of the blocks that left."""
         standing = self._standings.get(replica_id)
-        if standing is None:
+        if standing is None or not self.knows(replica_id):
             return []
         if isinstance(event, AllBlocksCleared):
             standing.bit = self.index.forget(standing.bit)
@@ -335,6 +345,22 @@ class Fleet:
         standing = self._standings.get(replica_id)
         if standing is not None:
             standing.bit = self.index.forget(standing.bit)
+
+    def divided(self, share: frozenset[str]) -> None:
+        """From now on this router knows the caches of these replicas only, and places requests there."""
+        for replica_id in self._standings.keys() - share:
+            self.forget(replica_id)
+        self._share = share
+        self._ready.clear()
+
+    def knows(self, replica_id: str) -> bool:
+        """Whether this router is to know what the replica caches."""
+        return self._share is None or replica_id in self._share
+
+    def is_hybrid(self, replica_id: str) -> bool:
+        """Whether its events tell of several groups of KV cache: a prefix needs a block of each."""
+        standing = self._standings.get(replica_id)
+        return standing is not None and len(self.index.source(standing.bit).groups) > 1
 
     # -- requests
 
@@ -450,16 +476,22 @@ class Fleet:
         prompt: Prompt | None = None,
     ) -> View:
         """What a policy may know to place a request for this model."""
-        ready = self._ready.get(model)
-        if ready is None:
-            ready = self._ready[model] = tuple(
-                s for s in self if s.state is State.READY and model in s.replica.models
-            )
+        ready = self._offered(model)
         for standing in ready:
             self._settle(standing, now)
         if prompt is None:
             return View(ready, self._turns, draw, key, now)
         return View(ready, self._turns, draw, key, now, prompt.num_tokens, self._cached(ready, prompt))
+
+    def _offered(self, model: str) -> tuple[Standing, ...]:
+        """The model's ready replicas; of a share only those in it, unless they have too much to do."""
+        found = self._ready.get(model)
+        if found is None:
+            every = tuple(s for s in self if s.state is State.READY and model in s.replica.models)
+            own = tuple(s for s in every if self.knows(s.id))
+            found = self._ready[model] = (own, every)
+        own, every = found
+        return own if len(own) == len(every) or (own and not _overfull(own, every)) else every
 
     def _cached(self, ready: tuple[Standing, ...], prompt: Prompt) -> dict[str, Cached]:
         found: dict[str, Cached] = {}

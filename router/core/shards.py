@@ -1,26 +1,34 @@
-"""Which router process owns a request, where each holds a share of the index only."""
+"""How replicas and requests are divided among router processes, where none is to know every cache.
+
+What a replica caches is known to the routers that have it in their share. What belongs together has one
+owner, which places it on replicas of its share. All routers agree that know the same routers and replicas,
+and when one comes or goes only its own part moves (rendezvous hashing, Thaler and Ravishankar 1998).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
+from math import log
 
 from xxhash import xxh3_64_intdigest
 
 
-def owner(key: int, own: str, others: Sequence[str], shards: int) -> int | None:
-    """The place among `others` of the router that owns what belongs to a key; None: this one does.
+def knowing(replica_id: str, routers: Iterable[str], shards: int) -> list[str]:
+    """The routers that have a replica in their share: one of so many as there are shards, at least one."""
+    key = xxh3_64_intdigest(replica_id.encode())
+    ranked = sorted(routers, key=lambda name: xxh3_64_intdigest(name.encode(), key), reverse=True)
+    return ranked[: max(1, len(ranked) // shards)]
 
-    `own` and `others` name the routers. Those with the highest weights, hashes of name and key, own it: one
-    of so many as there are shards (rendezvous hashing, Thaler and Ravishankar 1998). All routers that know
-    the same others agree, and when one comes or goes only its own keys move.
+
+def owner(key: int, shares: Mapping[str, int]) -> str:
+    """The router that owns what belongs to a key.
+
+    `shares`: how many replicas each router has that could serve it; it owns as large a part of all keys
+    (Schindelhauer and Schomaker 2005, "Weighted Distributed Hash Tables").
     """
-    mine = _weight(own, key)
-    weights = [_weight(name, key) for name in others]
-    heavier = sum([weight > mine for weight in weights])
-    if heavier < max(1, (len(others) + 1) // shards):
-        return None
-    return weights.index(max(weights))
+    return max(shares, key=lambda name: shares[name] / -log(_draw(name, key)))
 
 
-def _weight(name: str, key: int) -> int:
-    return xxh3_64_intdigest(name.encode(), key)
+def _draw(name: str, key: int) -> float:
+    """A number between 0 and 1, neither included."""
+    return ((xxh3_64_intdigest(name.encode(), key) >> 12) + 0.5) / 2**52

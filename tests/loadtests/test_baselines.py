@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loadtests.baselines import (
-    REFERENCES,
+    PAPERS,
     SHIPPED,
     Conductor,
     Dynamo,
@@ -20,11 +20,11 @@ from loadtests.baselines import (
     SmgEvents,
 )
 from loadtests.trace import BLOCK_TOKENS
-from loadtests.twin import Report
+from loadtests.virtual_engine import Report
 from router.core.blocks import Prompt
 from router.core.fleet import Cached, Fleet, Replica
 
-EVERY = {**SHIPPED, **REFERENCES}
+EVERY = {**SHIPPED, **PAPERS}
 IDLE = Report(waiting=0, running=0, kv_usage=0.0)
 
 
@@ -247,20 +247,24 @@ def test_lmetric(loads, waiting, cached, chosen):
 
 
 @pytest.mark.parametrize(
-    ("waiting", "cached", "chosen"),
+    ("work", "cached", "chosen"),
     [
         ({}, {0: 1}, "r0"),
-        ({0: [2]}, {0: 1}, "r1"),
-        ({0: [2]}, {0: 4}, "r0"),
-        ({0: [2], 1: [9]}, {0: 1}, "r0"),
+        ({"waiting": {0: [2]}}, {0: 1}, "r1"),
+        ({"waiting": {0: [2]}}, {0: 4}, "r0"),
+        ({"waiting": {0: [2], 1: [9]}}, {0: 1}, "r0"),
+        ({"decoding": {0: [50] * 9}}, {0: 5, 1: 5}, "r1"),  # longer steps there
+        ({"decoding": {0: [50] * 9}}, {0: 5}, "r0"),  # but not as long as five blocks take
     ],
 )
-def test_conductor(waiting, cached, chosen):
-    assert choice(Conductor(), view([0, 0], cached, waiting=waiting)) == chosen
-    busy = view(
-        [0, 0], cached, waiting=waiting, decoding={i: [50] * 9 for i in range(2) if f"r{i}" == chosen}
-    )
-    assert choice(Conductor(), busy) == chosen, "what decodes there does not count"
+def test_conductor(work, cached, chosen):
+    assert choice(Conductor(), view([0, 0], cached, **work)) == chosen
+
+
+def test_conductor_goes_by_the_kind_of_engine_and_not_by_what_was_learnt_of_it():
+    seen = view([0, 0], {0: 1})
+    seen.replicas[0].steps.prefill.value = 2.0
+    assert choice(Conductor(), seen) == "r0"
 
 
 # -- llm-d

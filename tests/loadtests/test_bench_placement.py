@@ -3,24 +3,27 @@
 import subprocess
 import sys
 from dataclasses import replace
-from functools import partial
 
 import pytest
 from support import ROOT
 
-from loadtests.baselines import REFERENCES, SHIPPED, Own
+from loadtests.baselines import SHIPPED
 from loadtests.bench_placement import (
     COURSES,
-    EIGHT_8B,
+    FLEET,
     HERD,
     POLICIES,
+    REFERENCES,
     Course,
     Result,
     course,
     report,
     sustainable,
 )
+from loadtests.simulate import fleet_of
 from loadtests.trace import Arrival
+from loadtests.twin import core_policy
+from router.config import Slo
 from router.core.placement import least_requests
 
 # A request a second of ten blocks, every third of them with the same first one. Two engines have half their
@@ -29,7 +32,8 @@ TINY = Course(
     [Arrival(float(n), 5000, 50, [n % 3, *range(10 * n, 10 * n + 9)]) for n in range(100, 160)],
     grid=[1, 3, 5, 100],
     common=3,
-    setting=replace(EIGHT_8B, replicas=2),
+    setting=fleet_of(FLEET, replicas=2).setting,
+    slo=Slo(),
 )
 LEAST = REFERENCES["least_requests"]
 
@@ -48,7 +52,7 @@ def test_a_seed_moves_the_arrivals_and_gives_the_same_run_again():
 
 
 def test_a_policy_of_ones_own_is_measured_on_several_processes():
-    make = partial(Own, least_requests)
+    make = core_policy(least_requests)
     assert sustainable(make, TINY, range(3)) == [TINY.sustained(make, seed) for seed in range(3)]
 
 

@@ -11,7 +11,7 @@ import pytest
 from loadtests.outcomes import Outcome, summarize
 from loadtests.trace import BLOCK_TOKENS, Arrival
 from loadtests.twin import Run, Setting, core_policy, simulate
-from loadtests.virtual import Report
+from loadtests.virtual_engine import Report
 from router.config import Slo
 from router.core.blocks import Prompt
 from router.core.fleet import Load, View

@@ -6,9 +6,12 @@ import time
 from pathlib import Path
 
 import pytest
+from support import ROOT
 
 from router.core.placement import POLICIES
 
+TRACE, SIM_8B = (str(ROOT / name) for name in ("loadtests/traces/synthetic.jsonl.gz", "deploy/sim-8b.yaml"))
+TWIN = ("--trace", TRACE, "--fleet", SIM_8B)
 HERD = Path(sys.executable).with_name("herd")
 # Ray alone takes a second to import, all of this a third of one; other tests share the cores.
 QUICK_S = 1.0
@@ -19,7 +22,8 @@ def run(*args: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    "command", [(), ("up",), ("down",), ("status",), ("explain",), ("record",), ("route",), ("engine",)]
+    "command",
+    [(), ("up",), ("down",), ("status",), ("explain",), ("record",), ("route",), ("simulate",), ("engine",)],
 )
 def test_help_lists_options_and_needs_neither_ray_nor_the_router(command: tuple[str, ...]) -> None:
     loaded = (
@@ -52,6 +56,12 @@ def test_status_is_quick(tmp_path: Path) -> None:
     [
         (("up", "fleet.yaml"), 2, "does not exist"),
         (("up", "--engine", "magic"), 2, "magic"),
+        (("simulate",), 2, "--trace"),
+        (("simulate", "--trace", "t", "--fleet", "f"), 2, "'t' does not exist"),
+        (("simulate", *TWIN, "--speed", "0"), 2, "--speed"),
+        (("simulate", *TWIN, "--policy", "magic"), 1, "policy: 'magic' is not a policy; known are kv_aware"),
+        (("simulate", "--trace", SIM_8B, "--fleet", SIM_8B), 1, "sim-8b.yaml, line 1: "),
+        (("simulate", "--trace", TRACE, "--fleet", TRACE), 1, "synthetic.jsonl.gz: "),
         (("route",), 2, "--worker-urls"),
         (("route", "--worker-urls", "localhost:8000"), 1, "--worker-urls: 'localhost:8000'"),
         (("route", "--worker-urls", "http://127.0.0.1:1", "--policy", "magic"), 1, "policy: 'magic' is not"),
@@ -65,6 +75,12 @@ def test_status_is_quick(tmp_path: Path) -> None:
             ("route", "--worker-urls", "http://h:1", "--model-alias", "a=b", "--model-alias", "a=c"),
             1,
             "--model-alias: 'a' is given twice",
+        ),
+        (("route", "--worker-urls", "http://h:1", "--tokenizer", "m="), 1, "--tokenizer: 'm=' is not of the"),
+        (
+            ("route", "--worker-urls", "http://h:1", "--tokenizer", "/a", "--tokenizer", "/b"),
+            1,
+            "--tokenizer: that of all models is given twice",
         ),
         (
             ("route", "--worker-urls", "http://h:1", "--model-alias", "a=b", "--model-alias", "b=c"),

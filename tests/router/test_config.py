@@ -10,7 +10,7 @@ MODEL = {"name": "m", "engine": "simulated", "source": "demo"}
 def test_a_fleet_needs_no_more_than_a_model():
     fleet = parse({"models": [MODEL]})
     assert (fleet.models[0].name, fleet.models[0].replicas) == ("m", 1)
-    assert (fleet.router.port, fleet.router.admin_port, fleet.router.policy) == (8000, 8001, "least_requests")
+    assert (fleet.router.port, fleet.router.admin_port, fleet.router.policy) == (8000, 8001, "kv_aware")
 
 
 def test_a_model_may_have_other_names():
@@ -27,6 +27,10 @@ def test_a_model_may_have_other_names():
         ({"models": [{**MODEL, "replica": 2}]}, "models.0.replica: Extra inputs are not permitted"),
         ({"models": [{**MODEL, "replicas": 0}]}, "models.0.replicas: Input should be greater than"),
         ({"models": [{**MODEL, "engine": "tgi"}]}, "models.0.engine: "),
+        ({"models": [{**MODEL, "slo": {"ttft_s": 0}}]}, "models.0.slo.ttft_s: Input should be greater than"),
+        ({"models": [{**MODEL, "slo": {"ttft_times": 0.9}}]}, "models.0.slo.ttft_times: Input should be"),
+        ({"models": [{**MODEL, "slo": {"tpot_s": float("nan")}}]}, "models.0.slo.tpot_s: Input should be"),
+        ({"models": [{**MODEL, "slo": {"ttft": 1}}]}, "models.0.slo.ttft: Extra inputs are not permitted"),
         ({"models": [MODEL], "router": {"port": 70000}}, "router.port: Input should be less than"),
         (
             {"models": [MODEL], "router": {"policy": "best"}},
@@ -89,7 +93,8 @@ def test_a_serve_config_file_is_loaded_whole(tmp_path):
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("a: [", "not YAML"),
+        ("a: [", "not YAML: while parsing a flow node expected"),
+        ("a: \0", "not YAML: unacceptable character"),
         ("- 1", "applications: exactly one"),
         ("applications: []", "applications: exactly one"),
         ("applications: [{}, {}]", "applications: exactly one"),

@@ -25,9 +25,9 @@ from router_wire import (
 )
 
 from router.core.blocks import Prompt
-from router.core.fleet import Cached, Fleet, Forecast, Load, Replica, Trust, View
+from router.core.fleet import Cached, Fleet, Load, Replica, Trust, View
 from router.core.placement import Placement, kv_aware, least_requests
-from router.decisions import BRANCHES, Decisions, DecisionsConfig
+from router.decisions import BRANCHES, FORECAST, UNTOLD, Decisions, DecisionsConfig
 from router.errors import ConnectFailed, DecisionNotFound
 from router.health import Endpoint
 from router.http.sse import PromptTokensDetails, Usage
@@ -87,7 +87,8 @@ def test_candidates_are_told_as_they_were(fleet, decisions):
     fleet.trusted("r1", Trust.LOAD, "events were lost", 0)
     r0, r1, r2 = described(decisions, decision)["candidates"]
     assert (r0["replica"], r0["in_flight"], r0["trust"], r0["chosen"]) == ("r0", 1, "load", False)
-    assert (r0["backlog_s"], r0["prefill_s"]) == pytest.approx((forecast.backlog_s, forecast.prefill_s))
+    told = [r0[name] for name in FORECAST]
+    assert told == pytest.approx([getattr(forecast, name) for name in FORECAST], rel=1e-5)
     assert [r0["cost_s"], r1["cost_s"], r2["cost_s"]] == pytest.approx(costs, rel=1e-3)
     assert (r1["cached_tokens"], r1["slower_tokens"], r1["trust"]) == (48, 16, "exact")
     assert r1["chosen"]
@@ -106,7 +107,7 @@ def test_what_is_packed_comes_out_again(rows):
         standing = fleet.get(f"r{i}")
         standing.in_flight, standing.decoding = in_flight, decoding
         cached[f"r{i}"] = Cached(at_hand, slower)
-        forecasts.append(Forecast(backlog, prefill, 0.0, 0.0, 0.0, 0))
+        forecasts.append(UNTOLD._replace(backlog_s=backlog, prefill_s=prefill))
         costs.append(cost)
     replicas = fleet.view("m").replicas
     placement = Placement(replicas[0], "so", Cached(), tuple(costs), tuple(forecasts))

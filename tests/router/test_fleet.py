@@ -150,6 +150,44 @@ def test_what_was_prefilled_for_others_is_no_fault_of_decoding(fleet):
     assert fleet.get("r0").steps.decode.value == pytest.approx(1.0)
 
 
+def test_a_router_with_a_share_knows_and_offers_only_that(fleet):
+    for replica in ("r0", "r1"):
+        fleet.apply(replica, stored(blocks=3))
+    fleet.divided(frozenset({"r1"}))
+    fleet.apply("r0", stored(blocks=3))
+    assert cached(fleet, prompt_of(100)) == {"r1": Cached(48, 0, 3)}
+    assert [s.id for s in fleet.view("m").replicas] == ["r1"]
+    assert (fleet.knows("r0"), fleet.knows("r1")) == (False, True)
+
+
+def test_a_share_of_which_nothing_is_ready_keeps_no_request_waiting(fleet):
+    fleet.divided(frozenset({"r1"}))
+    fleet.failed("r1", now=1.0)
+    assert [s.id for s in fleet.view("m").replicas] == ["r0"]
+    fleet.recovered("r1", now=2.0)
+    assert [s.id for s in fleet.view("m").replicas] == ["r1"]
+    fleet.divided(frozenset({"elsewhere"}))
+    assert [s.id for s in fleet.view("m").replicas] == ["r0", "r1"]
+
+
+@pytest.mark.parametrize(
+    ("own", "elsewhere", "offered"),
+    [
+        (0, 0, ["r1"]),
+        (3, 0, ["r1"]),
+        (4, 0, ["r0", "r1"]),
+        (15, 4, ["r1"]),
+        (16, 4, ["r0", "r1"]),
+    ],
+)
+def test_a_share_that_has_far_more_to_do_than_the_fleet_is_left(fleet, own, elsewhere, offered):
+    fleet.divided(frozenset({"r1"}))
+    fleet.elsewhere("r0", Load(elsewhere))
+    for _ in range(own):
+        fleet.started("r1", now=0.0)
+    assert [s.id for s in fleet.view("m").replicas] == offered
+
+
 def test_a_replica_that_prefilled_much_lately_is_busy(fleet):
     standing = fleet.get("r0")
     assert standing.busy(0.0) == 0

@@ -38,7 +38,11 @@ class Router:
         return [self.fleet.get(name).elsewhere.in_flight for name in replicas or "abc"]
 
     def dropped(self):
-        return {fate: c.value for fate, c in self.metrics.datagrams.items() if fate not in ("sent", "taken")}
+        return {
+            fate: c.value
+            for fate, c in self.metrics.datagrams.items()
+            if fate not in ("sent", "unsent", "taken")
+        }
 
 
 def spoken(router):
@@ -165,11 +169,11 @@ async def test_one_that_cannot_listen_says_so():
     router.gossip.stop()
 
 
-async def test_a_datagram_that_cannot_be_sent_leaves_the_others_served():
+async def test_a_datagram_that_cannot_be_sent_is_counted_and_the_others_are():
     async with routers(2) as (one, two):
-        gone = Contact("gone", "127.0.0.1", 1, "key")
-        one._directory.insert(0, gone)
+        one._directory.insert(0, Contact("gone", "255.255.255.255", 1, "key"))  # broadcasts are not allowed
         one.gossip.look()
         one.place("a")
         await until(lambda: two.elsewhere("a") == [1])
-        assert {"host": "127.0.0.1", "port": 1, "age_s": None, "in_flight": None} in one.gossip.peers
+        assert one.metrics.datagrams["unsent"].value > 0
+        assert {"host": "255.255.255.255", "port": 1, "age_s": None, "in_flight": None} in one.gossip.peers

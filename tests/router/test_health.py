@@ -19,6 +19,7 @@ async def learnt(pages):
 async def test_an_engine_tells_all_that_is_needed():
     it, replica = await learnt(VLLM_PAGES)
     assert (replica.id, replica.engine, replica.models) == ("r", "vllm", ("m", "lora"))
+    assert (replica.root, replica.adapters) == ("/models/m", {"lora"})
     assert (replica.block_size, replica.max_model_len) == (32, 4096)
     assert replica.kv_events == "tcp://127.0.0.1:5557"
     assert replica.kv_replay == "tcp://127.0.0.1:5558"

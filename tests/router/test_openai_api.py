@@ -1,4 +1,5 @@
 import json
+from array import array
 
 import pytest
 from hypothesis import given
@@ -25,6 +26,7 @@ from router.openai_api import (
 
 CHAT = FAMILIES["/v1/chat/completions"]
 RESPONSES = FAMILIES["/v1/responses"]
+MESSAGES = FAMILIES["/v1/messages"]
 EMBEDDINGS = FAMILIES["/v1/embeddings"]
 TRANSCRIPTIONS = FAMILIES["/v1/audio/transcriptions"]
 
@@ -104,6 +106,36 @@ def test_a_response_is_given_its_id():
     call = parse(RESPONSES, b'{"model": "m", "temperature": 0.50}')
     assert call.upstream_body("resp_1") == b'{"model":"m","temperature":0.50,"request_id":"resp_1"}'
     assert call.upstream_body() is call.body
+
+
+IDS = array("I", [1, 70000, 3]).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("family", "changed"),
+    [
+        (CHAT, {"kv_transfer_params": {"prompt_token_ids": [1, 70000, 3]}}),
+        (FAMILIES["/v1/completions"], {"prompt": [1, 70000, 3]}),
+        (MESSAGES, {}),
+        (RESPONSES, {}),
+        (EMBEDDINGS, {}),
+    ],
+)
+def test_token_ids_stand_for_the_prompt_where_engines_take_them(family, changed):
+    body = {"model": "m", "prompt": "a", "messages": [], "x": 1}
+    call = parse(family, json.dumps(body).encode())
+    assert json.loads(call.upstream_body(prompt_ids=IDS)) == {**body, **changed}
+    streamed = parse(CHAT, b'{"model":"m","stream":true}').upstream_body(prompt_ids=IDS)
+    assert json.loads(streamed).keys() == {"model", "kv_transfer_params", *STREAM, *BOTH}
+
+
+@pytest.mark.parametrize("family", [CHAT, FAMILIES["/v1/completions"], MESSAGES, RESPONSES, OTHER])
+def test_what_clients_say_of_transfers_is_dropped_unless_they_may(family):
+    body = b'{"model":"m","kv_transfer_params":{"prompt_token_ids":[1]},"x":1.50}'
+    call = parse(family, body)
+    assert "kv_transfer_params" not in call.fields
+    assert call.upstream_body() == b'{"model":"m","x":1.50}'
+    assert parse(family, body, allow_transfer=True).upstream_body() is body
 
 
 @pytest.mark.parametrize("field", ["previous_response_id", "request_id"])

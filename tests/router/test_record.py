@@ -55,10 +55,13 @@ def test_the_traffic_of_all_processes_becomes_a_trace(fleet: Server, start: Star
     sizes = [chat(fleet, 20 * (number + 1)) for number in range(12)]
     recorder.process.send_signal(signal.SIGINT)
     assert recorder.process.wait(20) == 0, recorder.output
-    assert f"12 requests in {file}." in recorder.output
+    assert recorder.output == f"12 requests in {file}.\n"  # and no prompt that was not known
     found = trace.read(file)
     assert sorted(arrival.input_length for arrival in found) == sorted(sizes)
     assert {arrival.output_length for arrival in found} == {5}
+    longest = sorted(found, key=lambda arrival: arrival.input_length)[-2:]
+    assert longest[0].hash_ids[0] == longest[1].hash_ids[0]  # each prompt begins as the one before
+    assert longest[0].hash_ids[-1] != longest[1].hash_ids[-1]
     assert 0 <= found[0].at < found[-1].at < 60
 
 

@@ -1,79 +1,87 @@
-"""Requests passed on to the router that owns them: two routers, each in front of an engine of its own."""
+"""The fleet divided between two routers: each knows its share, and passes on what the other owns."""
 
 import asyncio
 import contextlib
 from dataclasses import dataclass
 
 import msgspec
-from router_wire import LAST_CHUNK, VLLM_PAGES, Engine, answering, client, engine, post, reply, stream, until
+from router_wire import LAST_CHUNK, VLLM_PAGES, WAIT_S, answering, client, engine, post, reply, stream, until
 
 from router.config import RouterConfig
 from router.front import FrontDoor
 from router.health import Endpoint
 
-TALKS = [f"conversation {n}" for n in range(12)]
+# Of so many all routers have some, whatever their names.
+REPLICAS = 16
+TALKS = [f"conversation {n}" for n in range(16)]
 
 
 @dataclass
 class Router:
-    """A router and what is behind it: who has answered shows at the engine."""
+    """A router in front of replicas that are all one engine."""
 
     front: FrontDoor
-    engine: Engine
 
     @property
     def port(self):
         return self.front.port
 
     @property
-    def asked(self):
-        """Bodies of the requests that its engine got, less those of probes."""
-        return [body for r in self.engine.requests if (body := r.partition(b"\r\n\r\n")[2])]
+    def answered(self):
+        """Requests that it placed."""
+        return sum(standing.finished for standing in self.front.fleet)
 
     def outcomes(self):
         return {outcome: count.value for outcome, count in self.front.metrics.relayed_to_owner.items()}
 
 
 @contextlib.asynccontextmanager
-async def router(name, script):
-    async with engine(script) as (it, url):
-        config = RouterConfig(host="127.0.0.1", port=0, admin_port=0, replicas=2, shards=2)
-        front = FrontDoor(config, fleet=name)
-        await front.start()
-        front.membership([Endpoint(name, url)])
-        await front.open()
-        try:
-            yield Router(front, it)
-        finally:
-            await front.stop(0)
+async def router(name, url):
+    config = RouterConfig(host="127.0.0.1", port=0, admin_port=0, replicas=2, shards=2)
+    front = FrontDoor(config, fleet=name)
+    await front.start()
+    front.membership(Endpoint(f"r{n}", url) for n in range(REPLICAS))
+    await front.open()
+    try:
+        yield Router(front)
+    finally:
+        await front.stop(0)
 
 
 @contextlib.asynccontextmanager
 async def two_routers(script):
-    async with router("one", script) as one, router("two", script) as two:
+    async with engine(script) as (it, url), router("one", url) as one, router("two", url) as two:
         for each in (one, two):
             each.front.meet([one.front.contact, two.front.contact])
         await until(
-            lambda: all(
-                each.front.metrics.registry.get_sample_value("herd_gossip_peers") for each in (one, two)
-            )
+            lambda: len(shares := [share(each) for each in (one, two)]) == 2 and not shares[0] & shares[1]
         )
-        yield one, two
+        yield it, one, two
 
 
-def says_who(extra=()):
-    """Answers with its own port, as one piece or as a stream of two events."""
-    pages = {**VLLM_PAGES, **dict(extra)}
+def share(router):
+    """The replicas that it offers."""
+    return {standing.id for standing in router.front.fleet.view("m").replicas}
 
-    async def script(request, reader, writer):
-        if b'"stream":true' in request:
-            writer.write(stream(EVENT % b"Hello", b"data: [DONE]\n\n") + LAST_CHUNK)
-        elif request.startswith(b"POST /v1/chat/completions"):
-            writer.write(reply(b'{"port":%d}' % writer.get_extra_info("sockname")[1]))
-        else:
-            await answering(pages)(request, reader, writer)
 
-    return script
+async def says(request, reader, writer):
+    """An engine that answers in one piece, or as a stream of one event."""
+    if b'"stream":true' in request:
+        writer.write(stream(EVENT % b"Hello", b"data: [DONE]\n\n") + LAST_CHUNK)
+    elif request.startswith(b"POST "):
+        writer.write(reply(b'{"id":"resp_1"}'))
+    else:
+        await answering(VLLM_PAGES)(request, reader, writer)
+
+
+async def endless(request, reader, writer):
+    """The same, but its streams go on until the client leaves."""
+    if b'"stream":true' not in request:
+        await says(request, reader, writer)
+        return
+    writer.write(stream(EVENT % b"Hello"))
+    await reader.read(1)
+    raise ConnectionResetError
 
 
 EVENT = (
@@ -93,91 +101,97 @@ async def told(port, message):
         return await c.reply()
 
 
-async def owned_by(two, one, count=20):
-    """Something said that belongs to the first of these routers, seen from the second."""
-    for said in (f"try {n}" for n in range(count)):
-        before = len(two.asked)
-        await told(one.port, chat(said))
-        if len(two.asked) > before:
+async def owned_by(router, seen_from):
+    """Something said that belongs to one router, found by asking the other."""
+    for said in TALKS:
+        before = router.answered
+        await told(seen_from.port, chat(said))
+        if router.answered > before:
             return said
-    raise AssertionError(f"none of {count} belongs to it")
+    raise AssertionError(f"none of {len(TALKS)} conversations belongs to it")
 
 
 async def test_a_conversation_meets_one_router_whichever_it_reaches():
-    async with two_routers(says_who()) as (one, two):
-        answers = [{(await told(each.port, chat(said)))[2] for each in (one, two)} for said in TALKS]
-        assert [len(answer) for answer in answers] == [1] * len(TALKS)
-        assert len(set.union(*answers)) == 2
-        passed = one.outcomes()["passed"] + two.outcomes()["passed"]
-        assert passed == len(TALKS)
-        counts = [
-            f.metrics.requests("m", "/v1/chat/completions", "200").value for f in (one.front, two.front)
-        ]
-        assert sum(counts) == 2 * len(TALKS)  # each is counted once, where it was placed
+    async with two_routers(says) as (_, one, two):
+        by_one = []
+        for said in TALKS:
+            before = one.answered
+            for each in (one, two):
+                assert (await told(each.port, chat(said)))[0] == 200
+            by_one.append(one.answered - before)
+        assert set(by_one) == {0, 2}
+        assert one.outcomes()["passed"] + two.outcomes()["passed"] == len(TALKS)
+        counts = [r.front.metrics.requests("m", "/v1/chat/completions", "200").value for r in (one, two)]
+        assert counts == [one.answered, two.answered]  # each counts where it was placed
+
+
+async def test_each_router_places_on_its_share():
+    async with two_routers(says) as (_, one, two):
+        assert share(one) | share(two) == {f"r{n}" for n in range(REPLICAS)}
+        for said in TALKS:
+            await told(one.port, chat(said))
+        for each in (one, two):
+            assert {s.id for s in each.front.fleet if s.finished} <= share(each)
 
 
 async def test_a_stream_passes_through_as_it_is():
-    async with two_routers(says_who()) as (one, two):
-        said = await owned_by(two, one)
+    async with two_routers(says) as (it, one, two):
+        said = await owned_by(two, seen_from=one)
         asked = chat(said, "x-request-id: mine", "x-custom: kept", stream=True)
         here, there = await told(two.port, asked), await told(one.port, asked)
         assert here == there
         assert (here[0], here[1]["x-request-id"]) == (200, "mine")
         assert here[2].endswith(b"data: [DONE]\n\n")
-        assert two.engine.requests[-1] == two.engine.requests[-2]
-        assert b"x-custom: kept" in two.engine.requests[-1]
+        assert it.requests[-1] == it.requests[-2]
+        assert b"x-custom: kept" in it.requests[-1]
 
 
 async def test_what_has_no_owner_is_answered_where_it_arrives():
-    async with two_routers(says_who({b"/v1/responses": reply(b'{"id":"resp_1"}')})) as (one, two):
+    async with two_routers(says) as (_, one, two):
         for message in (
             b"GET /v1/models HTTP/1.1\r\nhost: h\r\n\r\n",
             post("/v1/embeddings", b'{"model":"m","input":"x"}'),
             post("/v1/responses", b'{"model":"m","input":"x","previous_response_id":"resp_1"}'),
+            chat("x", model="unheard of"),
             chat("x", model=None),
         ):
             await told(one.port, message)
-        assert not two.asked
+        assert two.answered == 0
         assert one.outcomes() == {"passed": 0, "failed": 0}
 
 
 async def test_what_was_passed_on_is_not_passed_on_again():
-    async with two_routers(says_who()) as (one, two):
-        said = await owned_by(two, one)
+    async with two_routers(says) as (_, one, two):
+        said = await owned_by(two, seen_from=one)
+        before = one.answered
         await told(one.front.contact.direct, chat(said))
-        assert said.encode() in one.asked[-1]
+        assert one.answered == before + 1
 
 
 async def test_a_request_whose_owner_is_gone_is_answered_here():
-    async with two_routers(says_who()) as (one, two):
-        said = await owned_by(two, one)
+    async with two_routers(says) as (_, one, two):
+        said = await owned_by(two, seen_from=one)
+        before = one.answered
         await two.front._direct.stop(0)
-        status, _, body = await told(one.port, chat(said))
-        assert (status, body) == (200, b'{"port":%d}' % one.engine.port)
+        assert (await told(one.port, chat(said)))[0] == 200
+        assert one.answered == before + 1
         assert one.outcomes()["failed"] == 1
 
 
-async def test_once_a_router_is_silent_its_requests_belong_to_others():
-    async with two_routers(says_who()) as (one, two):
-        said = await owned_by(two, one)
+async def test_once_a_router_is_silent_all_belongs_to_the_other():
+    async with two_routers(says) as (_, one, two):
+        said = await owned_by(two, seen_from=one)
         two.front._gossip.stop()
-        await until(lambda: not one.front._gossip.others)
-        assert (await told(one.port, chat(said)))[2] == b'{"port":%d}' % one.engine.port
+        await until(lambda: len(share(one)) == REPLICAS)
+        before = one.answered
+        assert (await told(one.port, chat(said)))[0] == 200
+        assert one.answered == before + 1
         assert one.outcomes()["failed"] == 0
 
 
 async def test_a_stream_whose_owner_dies_is_cut_not_ended():
-    arrived = asyncio.Event()
-
-    async def endless(request, reader, writer):
-        if b'"stream":true' in request:
-            writer.write(stream(EVENT % b"Hello"))
-            await arrived.wait()
-        else:
-            await says_who()(request, reader, writer)
-
-    async with two_routers(endless) as (one, two):
-        said = await owned_by(two, one)
+    async with two_routers(endless) as (_, one, two):
+        said = await owned_by(two, seen_from=one)
         async with client(one.port) as c:
             await c.send(chat(said, stream=True))
             await c.head()
@@ -185,22 +199,14 @@ async def test_a_stream_whose_owner_dies_is_cut_not_ended():
             for connection in list(two.front._direct.connections):
                 connection.abort()
             assert await c.at_end()
-        arrived.set()
 
 
 async def test_a_client_that_leaves_is_told_to_the_engine_behind_the_owner():
-    async def endless(request, reader, writer):
-        if b'"stream":true' in request:
-            writer.write(stream(EVENT % b"Hello"))
-            await reader.read(1)
-            raise ConnectionResetError
-        await says_who()(request, reader, writer)
-
-    async with two_routers(endless) as (one, two):
-        said = await owned_by(two, one)
-        two.engine.disconnected.clear()
+    async with two_routers(endless) as (it, one, two):
+        said = await owned_by(two, seen_from=one)
         async with client(one.port) as c:
             await c.send(chat(said, stream=True))
             await c.head()
-        await asyncio.wait_for(two.engine.disconnected.wait(), 10)
-        await until(lambda: not two.front.fleet.get("two").in_flight)
+            assert sum(s.in_flight for s in two.front.fleet) == 1
+        await until(lambda: not any(s.in_flight for s in two.front.fleet))
+        await asyncio.wait_for(it.disconnected.wait(), WAIT_S)

@@ -466,6 +466,21 @@ def test_tells_its_cache_in_a_metric(engine: RunningEngine) -> None:
     assert labels["prefix_caching_hash_algo"].strip('"') == "sha256"
 
 
+def test_counts_requests_by_path_and_status(engine: RunningEngine) -> None:
+    def counted(path: str, status: str) -> float:
+        return engine.metric("http_requests_total", handler=path, method="POST", status=status)
+
+    engine.post(CHAT, chat("counted", 1))
+    engine.post(CHAT, {"messages": 1})
+    engine.post("/v1/nothing", {})
+    series = ((CHAT, "2xx"), (CHAT, "4xx"), ("none", "4xx"))
+    before = [counted(*labels) for labels in series]
+    engine.post(CHAT, chat("counted", 1))
+    engine.post(CHAT, {"messages": 1})
+    engine.post("/v1/nothing", {})
+    assert [counted(*labels) for labels in series] == [count + 1 for count in before]
+
+
 COUNTERS = (
     "vllm:generation_tokens_total",
     "vllm:prompt_tokens_total",

@@ -10,7 +10,7 @@ from workers import demo_model
 from workers.simulated.grammar import Arguments, CallOpened, ToolCall, ToolReader
 from workers.simulated.kv_cache import block_keys
 from workers.simulated.language import Language, TokenSequence
-from workers.tokenizer import PROBES, Tokenizer
+from workers.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -85,18 +85,6 @@ def test_choices_and_seeds_differ(language: Language) -> None:
     texts = [say(language, [9], 20), say(language, [9], 20, choice=1), say(other, [9], 20)]
     assert len({tuple(text) for text in texts}) >= 2
     assert texts[0] != texts[1]
-
-
-@pytest.mark.parametrize("text", PROBES)
-def test_text_survives_the_tokenizer(language: Language, text: str) -> None:
-    tokenizer = language.tokenizer
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    assert tokenizer.decode(ids, skip_special_tokens=False) == text
-
-
-def test_a_directory_without_a_tokenizer_is_refused(tmp_path: object) -> None:
-    with pytest.raises(ValueError, match=r"holds no tokenizer\.json"):
-        Tokenizer(tmp_path)  # type: ignore[arg-type]
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=40))

@@ -193,9 +193,9 @@ class Engine:
         block. Only for contents that end by max_tokens, since nobody asks these what they say.
         """
         most = self._num_quiet()
-        seconds = self.config.step_time.decode_seconds
         decoding = len(self._running)
-        context = sum([sequence.num_tokens for sequence in self._running.values()])
+        context = sum([sequence.num_tokens for sequence in self._running.values()]) if most else 0
+        seconds = self.config.step_time.decode_seconds
         steps = 0
         while steps < most and now < until:
             # Added up step by step, so that the times are those of single steps to the last bit.
@@ -211,16 +211,15 @@ class Engine:
             sequence.num_tokens += steps
 
     def _num_quiet(self) -> int:
-        if self._waiting and not self._full:
+        if not self._running or (self._waiting and not self._full):
             return 0
-        return max(0, min(map(self._num_quiet_of, self._running.values()), default=0))
-
-    def _num_quiet_of(self, sequence: Sequence) -> int:
-        """Steps in which this sequence only gains a token; the one that ends it or fills a block is none."""
-        outputs = sequence.num_outputs
-        if not outputs or sequence.num_tokens - sequence.num_computed != 1:
-            return 0
-        return min(sequence.max_tokens - outputs, -sequence.num_computed % self.config.block_size) - 1
+        noisy = inf  # the first step that ends a sequence or fills a block; the one after that takes a block
+        for sequence in self._running.values():
+            outputs = sequence.num_outputs
+            if not outputs or sequence.num_tokens - sequence.num_computed != 1:
+                return 0
+            noisy = min(noisy, sequence.max_tokens - outputs, -sequence.num_computed % self.config.block_size)
+        return max(0, int(noisy) - 1)
 
     def _schedule(self, now: float, admitted: list[Sequence]) -> Iterator[tuple[Sequence, int]]:
         """Sequences of this step with the number of tokens each computes: running ones first."""

@@ -107,6 +107,12 @@ class EngineMetrics:
             Counter, "request_success", "Count of successfully processed requests.", "finished_reason"
         )
         self.success = {reason: success.labels(ENGINE, self._model, reason) for reason in FINISH_REASONS}
+        self.http_requests = Counter(
+            "http_requests",
+            "Total number of requests by method, status and handler.",
+            ["handler", "method", "status"],
+            registry=self.registry,
+        )
         rejections = Counter(
             "vllm:admission_rejections",
             "Number of admission attempts rejected by a queue limit, by reason.",

@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from workers.chat_messages import template_variables
 from workers.chat_template import ChatTemplate
@@ -50,6 +50,9 @@ KEEP_ALIVE = 5
 GUARDED = ("/v1", "/v2", "/inference", "/cohere")
 
 FAULTS_PATH = "/faults"
+
+# What vLLM counts no requests of.
+UNCOUNTED = frozenset({"/metrics", "/health", "/load", "/ping", "/version", FAULTS_PATH})
 
 
 class Server:
@@ -96,8 +99,10 @@ class Server:
             ClientDisconnect: _gone,
             GenerationAbortedError: _gone,
         }
-        app = Starlette(routes=list(self._routes()), exception_handlers=handlers)
-        return _Gate(app, self.faults, self._options.api_key)
+        routes = list(self._routes())
+        app = Starlette(routes=routes, exception_handlers=handlers)
+        counted = _Counted(app, self.metrics, frozenset(route.path for route in routes))
+        return _Gate(counted, self.faults, self._options.api_key)
 
     def _routes(self) -> Iterator[Route]:
         for path, post in (
@@ -341,6 +346,31 @@ class _Gate:
         scheme, _, token = header.partition(" ")
         good = [secrets.compare_digest(token.encode(), key.encode()) for key in self._keys]
         return scheme.lower() == "bearer" and any(good)
+
+
+class _Counted:
+    """Counts requests as vLLM's instrumentator does: by path, where there is one, method and status."""
+
+    def __init__(self, app: ASGIApp, metrics: EngineMetrics, paths: frozenset[str]) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._paths = paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in UNCOUNTED:
+            return await self._app(scope, receive, send)
+        status = int(HTTPStatus.INTERNAL_SERVER_ERROR)  # of a request that is cut before it has one
+
+        async def watched(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        try:
+            return await self._app(scope, receive, watched)
+        finally:
+            handler = scope["path"] if scope["path"] in self._paths else "none"
+            self._metrics.http_requests.labels(handler, scope["method"], f"{status // 100}xx").inc()
 
 
 async def _parsed(kind: type[requests.Parsed], request: Request) -> requests.Parsed:

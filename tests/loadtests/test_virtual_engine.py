@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loadtests.virtual import Report, Server, Timeline
+from loadtests.timeline import Timeline
+from loadtests.virtual_engine import Report, VirtualEngine
 from workers.simulated.core import Engine, EngineConfig, Finish, Step
 from workers.simulated.step_time import StepTime
 
@@ -82,7 +83,7 @@ requests = st.builds(
 @settings(max_examples=200)
 @given(
     st.lists(requests, min_size=1, max_size=10),
-    st.integers(8, 24),
+    st.integers(9, 24),  # the longest request takes 8, and one is reserved
     st.sampled_from([8, 30, 100]),
     st.integers(1, 5),
 )
@@ -91,17 +92,17 @@ def test_tokens_come_as_from_an_engine_that_skips_nothing(
 ) -> None:
     config = EngineConfig(TIME, blocks, 16, seqs, budget)
     timeline, moments = Timeline(), Moments()
-    server = Server(config, timeline, 1.0, lambda step: note(moments, step, timeline.now))
+    virtual = VirtualEngine(config, timeline, 1.0, lambda step: note(moments, step, timeline.now))
     for number, request in sorted(enumerate(coming), key=lambda pair: pair[1].at):
-        timeline.at(request.at, server.add, str(number), request.content(), request.output)
+        timeline.at(request.at, virtual.add, str(number), request.content(), request.output)
     timeline.run()
     assert moments == step_by_step(config, coming)
 
 
 def test_steps_that_only_decode_are_not_delivered() -> None:
     timeline, steps = Timeline(), []
-    server = Server(EngineConfig(TIME, 9, 512), timeline, 1.0, steps.append)
-    server.add("a", Lengths(5, "x"), 400)
+    virtual = VirtualEngine(EngineConfig(TIME, 9, 512), timeline, 1.0, steps.append)
+    virtual.add("a", Lengths(5, "x"), 400)
     timeline.run()
     assert len(steps) == 2
     assert timeline.now > 400 * TIME.step
@@ -110,11 +111,11 @@ def test_steps_that_only_decode_are_not_delivered() -> None:
 def test_a_report_is_what_the_last_scrape_saw() -> None:
     seen: list[tuple[float, Report]] = []
     timeline = Timeline()
-    server = Server(EngineConfig(TIME, 9, 16, max_num_seqs=1), timeline, 1.0, lambda step: None)
+    virtual = VirtualEngine(EngineConfig(TIME, 9, 16, max_num_seqs=1), timeline, 1.0, lambda step: None)
     for at in (0.5, 0.6):
-        timeline.at(at, server.add, str(at), Lengths(20, "x"), 5)
+        timeline.at(at, virtual.add, str(at), Lengths(20, "x"), 5)
     for at in (0.9, 1.0, 1.9, 2.9, 3.9, 9.9):
-        timeline.at(at, lambda: seen.append((timeline.now, server.report())))
+        timeline.at(at, lambda: seen.append((timeline.now, virtual.report())))
     timeline.run()
     one, two, none = Report(1, 1, 0.25), Report(0, 1, 0.25), Report(0, 0, 0.0)
     # The first is done after 0.7 s of prefill and 4 times 0.33 s of decoding, at 2.5.

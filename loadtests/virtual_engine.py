@@ -1,32 +1,12 @@
-"""Virtual time, and a simulated engine that runs in it as workers.simulated.live runs one in real time."""
+"""A simulated engine in virtual time, run as workers.simulated.live runs one in real time."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from heapq import heappop, heappush
-from itertools import count
 
+from loadtests.timeline import Timeline
 from workers.simulated.core import Content, Engine, EngineConfig, Quiet, Sequence, Step
-
-
-class Timeline:
-    """What is going to happen, in order of time; of what happens at once, what was planned first."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-        self._events: list[tuple[float, int, Callable[..., None], tuple[object, ...]]] = []
-        self._numbers = count()
-
-    def at(self, time: float, act: Callable[..., None], *args: object) -> None:
-        """Plans a call."""
-        heappush(self._events, (time, next(self._numbers), act, args))
-
-    def run(self) -> None:
-        """Lets it all happen, until nothing is planned any more."""
-        while self._events:
-            self.now, _, act, args = heappop(self._events)
-            act(*args)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +19,7 @@ class Report:
     kv_usage: float = 0.0
 
 
-class Server:
+class VirtualEngine:
     """One engine. `deliver` is given each step when it is over, but for those that only decode.
 
     These are skipped: a stretch of them is planned to its end, and cut short when a request comes. They

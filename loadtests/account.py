@@ -1,0 +1,49 @@
+"""What engines and routers tell of a run: what they count, and Herd's decisions on the last requests."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+# As many as Herd's admin port tells at once.
+MOST_DECISIONS = 1000
+SENT = "sent"
+
+
+async def counted(urls: Iterable[str]) -> Counter[str]:
+    """All samples of these servers' /metrics, summed by name, and by name and label: `name{label="x"}`."""
+    async with httpx.AsyncClient(trust_env=False, timeout=30) as client:
+        replies = await asyncio.gather(*(client.get(f"{url}/metrics") for url in urls))
+    total: Counter[str] = Counter()
+    for reply in replies:
+        for family in text_string_to_metric_families(reply.raise_for_status().text):
+            for sample in family.samples:
+                total[sample.name] += sample.value
+                for label, value in sample.labels.items():
+                    total[f'{sample.name}{{{label}="{value}"}}'] += sample.value
+    return total
+
+
+async def decisions(admin: str, last: int) -> list[dict[str, Any]]:
+    """How Herd placed its last requests, or the last 1,000 of more; the newest first."""
+    async with httpx.AsyncClient(trust_env=False, timeout=30) as client:
+        reply = await client.get(f"{admin}/decisions", params={"last": min(last, MOST_DECISIONS)})
+    return [told["attempts"][-1] for told in reply.raise_for_status().json()]
+
+
+def token_ids(decided: Iterable[dict[str, Any]]) -> Counter[str]:
+    """Requests by what became of their token ids: SENT, or why they were not."""
+    return Counter(decision["token_ids"] for decision in decided)
+
+
+def came_true(decided: Iterable[dict[str, Any]]) -> Counter[bool]:
+    """Requests by whether the engine reported the very number of cached tokens that was predicted."""
+    pairs = [(told["predicted"]["cached_tokens"], told["observed"]["cached_tokens"]) for told in decided]
+    return Counter(
+        predicted == observed for predicted, observed in pairs if None not in (predicted, observed)
+    )
