@@ -128,6 +128,7 @@ class Parity:
         if subject is None:
             subject = self._subjects[replica.id] = Subject(replica)
             self._spawn(subject, self._prove(subject))
+        subject.record.complete = True  # its events are asked for from the first one on
         if self._tokenizers.lacking(replica.models[0]) is None:
             self._describe(subject, replica)
         else:
