@@ -19,8 +19,8 @@ EVENTS = json.dumps(
     {
         "enable_kv_cache_events": True,
         "publisher": "zmq",
-        "endpoint": "tcp://127.0.0.1:0",
-        "replay_endpoint": "tcp://127.0.0.1:0",
+        "endpoint": "tcp://*:0",
+        "replay_endpoint": "tcp://*:0",
     }
 )
 STORY = "The herd crossed the river before the rain came, and nobody was lost. " * 12
