@@ -179,9 +179,8 @@ async def relaying(
 @contextlib.asynccontextmanager
 async def front_door(**settings: Any) -> AsyncIterator[FrontDoor]:
     """A whole router process for model `m`, on free ports; replicas are announced to it by the test."""
-    config = RouterConfig(
-        **{"host": "127.0.0.1", "port": 0, "admin_port": 0, "policy": "least_requests", **settings}
-    )
+    usual = {"host": "127.0.0.1", "port": 0, "admin_port": 0, "policy": "least_requests"}
+    config = RouterConfig(**usual | settings)
     front = FrontDoor(config, promised=("m",))
     await front.start()
     await front.open()
