@@ -59,8 +59,10 @@ BESIDE: Mapping[str, Figure] = {
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is compared: a slice of `seconds`, at the load per replica that 8 have at `load` times the trace's
-    speed, on engines that run at `clock` times the modelled speed."""
+    """What is compared: `seconds` of the trace, on engines that are `clock` times as fast as modelled.
+
+    Each replica has the load that it would have among 8, at `load` times the trace's speed.
+    """
 
     policy: str
     replicas: int
@@ -81,10 +83,15 @@ class Plan:
         return Setting(options.read(flags(self.engine_args)).engine_config(), self.replicas)
 
     def arrivals(self) -> list[Arrival]:
-        """The requests."""
-        speed = self.load * self.clock * self.replicas / 8
-        arrivals = compress(spread(read(TRACE), Random(self.seed)), speed)
+        """The requests: of a fleet of 8, the conversations that fall to so many replicas."""
+        ours = [arrival for arrival in read(TRACE) if _chance_of(arrival) < self.replicas / 8]
+        arrivals = compress(spread(ours, Random(self.seed)), self.load * self.clock)
         return [arrival for arrival in arrivals if arrival.at < self.seconds]
+
+
+def _chance_of(arrival: Arrival) -> float:
+    """From 0 to 1, the same for all turns of a conversation: many share a first block, not the second."""
+    return Random(arrival.hash_ids[:2][-1]).random()
 
 
 @dataclass(frozen=True, slots=True)
