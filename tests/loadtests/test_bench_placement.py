@@ -115,3 +115,9 @@ def test_the_command_refuses_a_policy_that_is_none():
     done = bench("--policies", "dynamo,nope")
     assert done.returncode == 2
     assert "no such policy: nope" in done.stderr
+
+
+def test_the_command_names_a_fleet_that_cannot_be_read(tmp_path):
+    done = bench("--fleet", str(tmp_path / "none.yaml"))
+    assert done.returncode == 1
+    assert "none.yaml" in done.stderr and "Traceback" not in done.stderr
