@@ -12,8 +12,6 @@ from typing import NamedTuple
 
 import httpx
 import pytest
-import zmq
-import zmq.asyncio
 from prometheus_client import generate_latest
 from router_wire import VLLM_PAGES, WAIT_S, answering, reply, until
 from router_wire import engine as scripted
@@ -21,12 +19,14 @@ from support import Running, Start, eventually, free_ports
 from xxhash import xxh3_64_intdigest
 
 from router.canary import CHAT, request
+from router.config import RouterConfig
 from router.core.blocks import Prompt
 from router.core.fleet import Fleet, Trust
-from router.core.kv_events import decode_batch
 from router.core.trust import Cause, Doubt
+from router.front import FrontDoor
 from router.health import Endpoint, learn
 from router.http.sse import PromptTokensDetails, Usage, usage_of
+from router.kv_feed import KVFeed
 from router.metrics import Metrics
 from router.parity import SAMPLE_EVERY, Parity
 from router.tokenizer import Tokenizers
@@ -85,6 +85,7 @@ class Bench:
         self.fleet, self.metrics = Fleet(), Metrics()
         self.tokenizers = Tokenizers(tokenizers)
         self.parity = Parity(self.fleet, self.metrics, self.tokenizers)
+        self.feed = KVFeed(self.fleet, self.metrics, self.parity)
         self.asked = 0
         self.begun = []
 
@@ -95,32 +96,16 @@ class Bench:
         replica = await learn(self.client, Endpoint("r", self.engine.url))
         self.tokenizers.follow(replica)
         self.fleet.joined(replica, self.now)
-        self.feed = asyncio.create_task(self.follow(replica))
         self.parity.joined(replica)
+        self.feed.start()
+        self.feed.follow(replica)
 
     async def leave(self):
         self.parity.left("r")
         await self.parity.stop()
         await self.tokenizers.stop()
-        self.feed.cancel()
+        await self.feed.stop()
         await self.client.aclose()
-
-    async def follow(self, replica):
-        if replica.kv_events is None:
-            return
-        with zmq.asyncio.Context() as context, context.socket(zmq.SUB) as socket:
-            socket.connect(replica.kv_events)
-            socket.subscribe(b"")
-            expected = None
-            while True:
-                _, number, payload = await socket.recv_multipart()
-                number = int.from_bytes(number, "big")
-                if expected is not None and number < expected:
-                    self.fleet.forget("r")
-                    self.parity.restarted("r")
-                expected = number + 1
-                for event in decode_batch(payload).events:
-                    self.fleet.apply("r", event)
 
     @property
     def now(self):
@@ -384,3 +369,49 @@ async def test_an_engine_restarted_with_an_empty_cache(engine):
         await exact(it)
         await converse(it, 40)
         assert it.trust is Trust.EXACT
+
+
+# -- the whole router
+
+
+@contextlib.asynccontextmanager
+async def front_door(engine):
+    ports = {"host": "127.0.0.1", "port": 0, "admin_port": 0}
+    front = FrontDoor(RouterConfig(policy="kv_aware", tokenizers=DEMO, **ports), promised=(MODEL,))
+    await front.start()
+    front.membership([Endpoint("r", engine.url)])
+    await front.open()
+    base = f"http://127.0.0.1:{front.port}"
+    try:
+        async with httpx.AsyncClient(base_url=base, trust_env=False, timeout=WAIT_S) as client:
+            yield front, client
+    finally:
+        await front.stop(0)
+
+
+async def test_through_the_front_door(engine):
+    engine.run()
+    async with front_door(engine) as (front, client):
+
+        async def ask(messages, request_id="other"):
+            body = {"model": MODEL, "messages": messages, "max_tokens": 1}
+            reply = await client.post(CHAT, json=body, headers={"x-request-id": request_id})
+            return reply.raise_for_status().json()["usage"]
+
+        def replica():
+            return front.fleet.get("r")
+
+        await until(lambda: replica().trust is Trust.EXACT)
+        messages = [{"role": "user", "content": "How many sheep are in the herd? " * 20}]
+        await ask(messages)
+        metrics = front.metrics.of(MODEL)
+        again = await ask(messages)
+        assert again["prompt_tokens_details"]["cached_tokens"] > 0
+        await until(lambda: metrics.predictions.value == 2)
+        assert metrics.predicted_cached.value == metrics.reported_cached.value > 0
+        engine.fault(kind="template", times=None)
+        await ask(messages, str(sampled_id()))
+        await until(lambda: replica().trust is Trust.APPROXIMATE)
+        assert "part at token 0" in replica().trust_reason
+        engine.repair()
+        await until(lambda: replica().trust is Trust.EXACT)
