@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import sys
 from dataclasses import dataclass
 from random import Random
@@ -49,14 +50,15 @@ class Engine:
     def url(self):
         return f"http://127.0.0.1:{self.ports}"
 
-    def run(self, *flags: str, events: bool = True, reports: bool = True) -> Running:
+    def run(self, *flags: str, events: bool = True, reports: bool = True, replay: bool = True) -> Running:
         argv = ["--port", str(self.ports), "--speed", "1000", "--served-model-name", MODEL, *flags]
         if reports:
             argv += ["--enable-prompt-tokens-details"]
         if events:
-            told, replay = (f"tcp://127.0.0.1:{port}" for port in (self.ports + 1, self.ports + 2))
-            config = {"enable_kv_cache_events": True, "endpoint": told, "replay_endpoint": replay}
-            argv += ["--kv-events-config", json.dumps(config).replace("127.0.0.1", "*")]
+            config = {"enable_kv_cache_events": True, "endpoint": f"tcp://*:{self.ports + 1}"}
+            if replay:
+                config["replay_endpoint"] = f"tcp://*:{self.ports + 2}"
+            argv += ["--kv-events-config", json.dumps(config)]
         self.running = self.start(sys.executable, "-m", "workers.simulated", *argv)
         eventually(lambda: self.get("/health").status_code == 200, 30, httpx.TransportError)
         return self.running
@@ -342,6 +344,34 @@ async def test_lost_events_show_in_what_is_reported(engine):
         assert "predictions were wrong" in it.standing.trust_reason
         engine.repair()
         await exact(it)
+
+
+async def test_events_that_can_be_replayed_are_not_missed(engine):
+    engine.run()
+    async with bench(engine) as it:
+        await exact(it)
+        await converse(it, 10)
+        engine.fault(kind="drop_kv_events", times=3)
+        await converse(it, 50)
+        await until(lambda: it.metrics.of(MODEL).event_gaps.value > 0)
+        assert it.demotions == 0
+        assert Cause.UNEXPLAINED not in it.misses
+
+
+async def test_events_that_are_gone_end_exactness_until_canaries_passed(engine):
+    engine.run(replay=False)
+    async with bench(engine) as it:
+        await exact(it)
+        await converse(it, 10)
+        engine.fault(kind="drop_kv_events", times=1)
+        await converse(it, 3)
+        await until(lambda: it.demotions == 1)
+        assert re.fullmatch(r"its KV events \d+ to \d+ are lost", it.standing.trust_reason)
+        assert it.standing.takes_ids
+        await exact(it)
+        await converse(it, 50)
+        await until(lambda: it.trust is Trust.EXACT)
+        assert it.demotions == 1
 
 
 async def test_another_block_size_after_a_restart(engine):
