@@ -22,7 +22,8 @@ from xxhash import xxh3_64_intdigest
 from router.canary import CHAT, request
 from router.config import RouterConfig
 from router.core.blocks import Prompt
-from router.core.fleet import Fleet, Trust
+from router.core.fleet import Cached, Fleet, Trust
+from router.core.kv_events import BlockStored
 from router.core.trust import Cause, Doubt
 from router.front import FrontDoor
 from router.health import Endpoint, learn
@@ -372,6 +373,39 @@ async def test_events_that_are_gone_end_exactness_until_canaries_passed(engine):
         await converse(it, 50)
         await until(lambda: it.trust is Trust.EXACT)
         assert it.demotions == 1
+
+
+def reported(it, predicted, cached):
+    """A response that told so many tokens cached where others were predicted."""
+    prompt = Prompt(100, bytes(400))
+    flight = it.fleet.started("r", it.now, prompt, Cached(predicted))
+    it.fleet.finished(flight, it.now)
+    it.parity.reported(flight, prompt, Usage(100, 1, PromptTokensDetails(cached)))
+
+
+async def test_blocks_behind_unknown_ones_are_a_hole_in_the_events(engine):
+    engine.run()
+    async with bench(engine) as it:
+        await exact(it)
+        it.fleet.apply("r", BlockStored([1], list(range(16)), 16, parent_block_hash=2))
+        reported(it, 0, 64)
+        await until(lambda: it.demotions == 1)
+        assert "blocks behind others that they never told of" in it.standing.trust_reason
+        await exact(it)
+
+
+async def test_what_the_index_had_no_room_for_is_held_against_nobody(engine):
+    engine.run()
+    async with bench(engine) as it:
+        await exact(it)
+        it.fleet.index.dropped = 1
+        for _ in range(9):
+            reported(it, 0, 64)
+        await until(lambda: it.misses == {Cause.UNLEARNT: 9})
+        assert it.trust is Trust.EXACT
+        for _ in range(5):
+            reported(it, 64, 0)
+        await until(lambda: it.demotions == 1)
 
 
 async def test_another_block_size_after_a_restart(engine):
