@@ -357,14 +357,14 @@ class KVIndex:
         names = source.names(event.block_hashes)
         keys = self._keys(source, event, names)
         source.used = True
-        if tier is not Tier.GPU:
-            self._tiered |= source.bit
         bit = source.bit << tier
         for key in self._put(keys, bit):
             self._copied(key, bit)
         self._name(names, keys)
-        if self._promised:
-            self.withdraw(source.bit, keys)
+        if tier is not Tier.GPU:
+            self._tiered |= source.bit
+        elif self._promised:
+            self.withdraw(bit, keys)
 
     def _keys(self, source: Source, event: BlockStored, names: list[int]) -> Keys:
         """The keys of an event's blocks; none where they cannot be told."""

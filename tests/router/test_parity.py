@@ -21,11 +21,12 @@ from support import Running, Start, eventually, free_ports
 from xxhash import xxh3_64_intdigest
 
 from router.canary import CHAT, request
+from router.core.blocks import Prompt
 from router.core.fleet import Fleet, Trust
 from router.core.kv_events import decode_batch
 from router.core.trust import Cause, Doubt
 from router.health import Endpoint, learn
-from router.http.sse import usage_of
+from router.http.sse import PromptTokensDetails, Usage, usage_of
 from router.metrics import Metrics
 from router.parity import SAMPLE_EVERY, Parity
 from router.tokenizer import Tokenizers
@@ -317,6 +318,32 @@ async def test_one_sampled_mismatch_demotes_and_the_same_request_must_be_right_b
         assert not it.standing.takes_ids
         engine.repair()
         await exact(it)
+
+
+async def test_a_prompt_of_another_length_demotes_at_once(engine):
+    engine.run()
+    async with bench(engine) as it:
+        await exact(it)
+        engine.fault(kind="template", times=None)
+        await converse(it, 1)
+        assert it.trust is Trust.APPROXIMATE
+        assert it.standing.trust_reason.startswith("its engine counted")
+        engine.repair()
+        await exact(it)
+
+
+async def test_what_the_router_could_not_read_is_held_against_nobody(engine):
+    engine.run()
+    async with bench(engine) as it:
+        await exact(it)
+        flight = it.fleet.started("r", it.now, Prompt(100, text=b"with an image"))
+        it.fleet.finished(flight, it.now)
+        for _ in range(9):
+            it.parity.reported(
+                flight, Prompt(100, text=b"with an image"), Usage(120, 1, PromptTokensDetails(96))
+            )
+        assert it.metrics.of(MODEL).predictions.value == 0
+        assert it.trust is Trust.EXACT
 
 
 async def test_lost_events_show_in_what_is_reported(engine):
