@@ -109,7 +109,7 @@ def taken_in_s(batches: list[tuple[bytes, int]]) -> float:
 
 
 def match_ms(held: int) -> float:
-    """A view and kv_aware's choice for a long prompt whose keys are there, and which so many replicas hold."""
+    """A view and kv_aware's choice for a long prompt whose keys are there, which so many replicas hold."""
     fleet, ids = fleet_of(REPLICAS), [n % 50_000 for n in range(PROMPT_TOKENS)]
     hashes = list(range(2**63, 2**63 + PROMPT_TOKENS // BLOCK))
     event = decode_batch(msgspec.msgpack.encode([0.0, [stored(hashes, ids, None)], 0])).events[0]
