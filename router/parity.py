@@ -128,6 +128,7 @@ class Parity:
         if subject is None:
             subject = self._subjects[replica.id] = Subject(replica)
             self._spawn(subject, self._prove(subject))
+        subject.record.complete = True  # its events are asked for from the first one on
         if self._tokenizers.lacking(replica.models[0]) is None:
             self._describe(subject, replica)
         else:
@@ -174,13 +175,11 @@ class Parity:
         subject, standing = self._subjects.get(flight.standing.id), flight.standing
         if subject is None or prompt is None or standing.trust is Trust.LOAD:
             return
-        if flight.started_at < subject.since:
+        if flight.started_at < subject.since or (standing.key_blocks and prompt.token_ids is None):
             return
-        if prompt.token_ids is not None and usage.prompt_tokens not in (0, prompt.num_tokens):
-            counts = (
-                f"its engine counted {usage.prompt_tokens} tokens of a prompt, the router {prompt.num_tokens}"
-            )
-            self._doubt(subject, Doubt.TOKENS_DIFFER, counts)
+        if standing.takes_ids and usage.prompt_tokens not in (0, prompt.num_tokens):
+            counts = f"{usage.prompt_tokens} tokens of a prompt, the router {prompt.num_tokens}"
+            self._doubt(subject, Doubt.TOKENS_DIFFER, f"its engine counted {counts}")
             return
         predicted = flight.cached.tokens + flight.cached.slower
         if not subject.record.reports:
@@ -201,9 +200,25 @@ class Parity:
 
     def _judge_miss(self, subject: Subject, response: Response, prompt: Prompt) -> None:
         """Now that the events of its time have come."""
+        self._look_for_holes(subject)
         if self._subjects.get(subject.id) is subject and response.placed_at >= subject.since:
             keys = prompt.keys(subject.record.block_size)
             self._judge(subject, response._replace(keys=keys, held=self._held(subject, prompt)))
+
+    def _look_for_holes(self, subject: Subject) -> None:
+        """Whether the index lacks what the replica told of, or the replica told of less than it has."""
+        standing, record = self._fleet.get(subject.id), subject.record
+        if standing is None or not record.complete:
+            return
+        source = self._fleet.index.source(standing.bit)
+        if self._fleet.index.dropped or source.unkeyed:
+            record.complete = False
+        elif source.orphans:
+            self._doubt(
+                subject,
+                Doubt.EVENTS_LOST,
+                "its KV events tell of blocks behind others that they never told of",
+            )
 
     def _judge(self, subject: Subject, response: Response) -> None:
         doubts = subject.record.doubts
@@ -254,7 +269,7 @@ class Parity:
         if not await self._differs(subject, call, token_ids):
             return
         for other in list(self._subjects.values()):
-            if other is not subject and call.model in other.replica.models:
+            if other is not subject and call.model in other.replica.models and _takes_ids(other):
                 self._spawn(other, self._differs(other, call, token_ids))
 
     async def _differs(self, subject: Subject, call: Call, token_ids: bytes) -> bool:
@@ -304,7 +319,7 @@ class Parity:
         if subject.record.doubts != doubts:
             return  # something else contradicted meanwhile
         if finding is not None:
-            subject.record.doubt(*finding)
+            subject.record.canary_failed(*finding)
         else:
             subject.record.canary_passed()
             if subject.record.retry_s is None:
@@ -401,6 +416,10 @@ class Parity:
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time()
+
+
+def _takes_ids(subject: Subject) -> bool:
+    return subject.verdict is not None and subject.verdict.takes_ids
 
 
 def said(error: Exception) -> str:

@@ -63,8 +63,8 @@ OF_CACHE = frozenset(
 
 # Clean canaries in a row that bring trust back after it was lost; a newcomer needs one.
 CONFIRMATIONS = 3
-# Seconds until the first canary after a demotion; twice as many after each that fails and each new demotion.
-RETRY_S, LONGEST_RETRY_S = 1.0, 300.0
+# Seconds until the next canary after a demotion; twice as many for each that failed and each demotion before.
+RETRY_S, LONGEST_RETRY_S = 1.0, 60.0
 # Right predictions in a row of which the earlier demotions are forgiven.
 FORGIVEN = 1000
 PROVEN = "its tokens, its events and what it reports agree with the router"
@@ -261,14 +261,12 @@ class Record:
         return not CURABLE.issuperset(self._doubts)
 
     def doubt(self, kind: Doubt, reason: str) -> None:
-        """Something contradicts the trust. That a canary could not be run at all is UNPROVEN."""
+        """Something contradicts the trust."""
         if kind not in CURABLE:
             self._doubts[kind] = reason
             return
         if CURABLE.isdisjoint(self._doubts):
             self._setbacks += 1
-        else:
-            self._failures += 1
         if kind is not Doubt.UNPROVEN:
             self._needed = CONFIRMATIONS
             self._doubts.pop(Doubt.UNPROVEN, None)  # it says less
@@ -277,6 +275,11 @@ class Record:
         self.doubts += 1
         self._doubts[kind] = reason
         self._clean = self._suspicion = self._right = 0
+
+    def canary_failed(self, kind: Doubt, reason: str) -> None:
+        """A canary found something that does not fit, or (UNPROVEN) could not be completed."""
+        self._failures += 1
+        self.doubt(kind, reason)
 
     def canary_passed(self) -> None:
         """All that a canary compares was equal."""

@@ -120,7 +120,7 @@ def test_canaries_back_off_with_every_failure_and_every_demotion():
     assert it.retry_s == RETRY_S
     waits = []
     for _ in range(12):
-        it.doubt(Doubt.TOKENS_DIFFER, "still")
+        it.canary_failed(Doubt.TOKENS_DIFFER, "still")
         waits.append(it.retry_s)
     assert waits[:3] == [2 * RETRY_S, 4 * RETRY_S, 8 * RETRY_S]
     assert waits[-1] == LONGEST_RETRY_S
