@@ -353,12 +353,16 @@ class KVIndex:
 
     def _store(self, source: Source, event: BlockStored) -> None:
         tier = TIERS.get(event.medium)
-        source.size = max(source.size, event.block_size)
-        if tier is None or event.block_size not in (0, source.size):  # vLLM caches parts of blocks too
-            source.unkeyed += len(event.block_hashes) if tier is None else 0
+        if tier is None:
+            source.unkeyed += len(event.block_hashes)
             return
+        told = len(event.block_hashes) * event.block_size == len(event.token_ids) > 0
+        if told:
+            source.size = max(source.size, event.block_size)
+            if event.block_size < source.size:  # vLLM caches parts of blocks too
+                return
         names = source.names(event.block_hashes)
-        keys = self._keys(source, event, names)
+        keys = self._keys(source, event, names, told)
         source.used = True
         bit = source.bit << tier
         for key in self._put(keys, bit):
@@ -369,15 +373,14 @@ class KVIndex:
         elif self._promised:
             self.withdraw(bit, keys)
 
-    def _keys(self, source: Source, event: BlockStored, names: list[int]) -> Keys:
-        """The keys of an event's blocks; none where they cannot be told."""
+    def _keys(self, source: Source, event: BlockStored, names: list[int], told: bool) -> Keys:
+        """The keys of an event's blocks; none where they are not known and it has not `told` their tokens."""
         named, count = self._named, self._count
         if names and names[0] in named[names[0] % count]:
             known = [named[name % count].get(name, 0) for name in names]
             if all(known):
                 return known
         blocks, parent = len(names), None
-        told = blocks * event.block_size == len(event.token_ids) > 0
         if not told or len(event.extra_keys or names) != blocks:
             source.unkeyed += blocks
             return []

@@ -457,14 +457,16 @@ def test_what_cannot_be_keyed_is_counted_and_not_guessed() -> None:
     assert index.source(engine.bit).orphans == 2
     index.apply(engine.bit, engine.stored(PROMPT.prefix(2), 0, Tier.CPU, bare=True))
     known = engine.stored(PROMPT, 0)
-    short = BlockStored(known.block_hashes, known.token_ids[:-1], SIZE)
-    index.apply(engine.bit, short)
+    for tokens, size in ((known.token_ids[:-1], SIZE), (known.token_ids, 10 * SIZE), ([], -1)):
+        index.apply(engine.bit, BlockStored(known.block_hashes, tokens, size))
     index.apply(engine.bit, BlockStored(known.block_hashes, known.token_ids, SIZE, medium="TAPE"))
     index.apply(engine.bit, BlockRemoved(known.block_hashes, medium="TAPE"))
     extra = BlockStored(known.block_hashes, known.token_ids, SIZE, extra_keys=[None])
     index.apply(engine.bit, extra)
-    assert index.source(engine.bit).unkeyed == 2 + 4 + 4 + 4
+    assert index.source(engine.bit).unkeyed == 2 + 3 * 4 + 4 + 4
     assert len(index) == 0
+    index.apply(engine.bit, known)
+    assert blocks_of(index, PROMPT, engine.bit) == (4, 0)
 
 
 def test_of_several_groups_the_first_with_full_attention_is_indexed() -> None:
