@@ -205,6 +205,16 @@ async def test_a_newcomer_is_proven_and_its_cache_known(engine):
         assert it.trust is Trust.EXACT
 
 
+async def test_a_cache_under_pressure_costs_no_trust(engine):
+    engine.run("--num-gpu-blocks-override", "128", "--speed", "50")
+    async with bench(engine) as it:
+        await exact(it)
+        await asyncio.gather(*(converse(it, 30) for _ in range(8)))
+        await until(lambda: it.misses.get(Cause.EVICTED, 0) > 0)
+        assert Cause.UNEXPLAINED not in it.misses
+        assert (it.trust, it.demotions) == (Trust.EXACT, 0)
+
+
 @pytest.mark.parametrize(
     ("events", "flags", "trust", "reason"),
     [
