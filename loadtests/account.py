@@ -41,9 +41,7 @@ def token_ids(decided: Iterable[dict[str, Any]]) -> Counter[str]:
     return Counter(decision["token_ids"] for decision in decided)
 
 
-def came_true(decided: Iterable[dict[str, Any]]) -> Counter[bool]:
-    """Requests by whether the engine reported the very number of cached tokens that was predicted."""
+def came_true(decided: Iterable[dict[str, Any]]) -> list[bool]:
+    """Of each request whether the engine reported the very number of cached tokens that was predicted."""
     pairs = [(told["predicted"]["cached_tokens"], told["observed"]["cached_tokens"]) for told in decided]
-    return Counter(
-        predicted == observed for predicted, observed in pairs if None not in (predicted, observed)
-    )
+    return [predicted == observed for predicted, observed in pairs if None not in (predicted, observed)]

@@ -94,6 +94,12 @@ class PromptTree:
             depths.update(dict.fromkeys(holders, depth))
         return depths
 
+    def learn(self, keys: Keys, placement: Placement | None) -> Placement | None:
+        """The same placement, remembered."""
+        if placement is not None:
+            self.insert(keys, placement.standing.id)
+        return placement
+
     def insert(self, keys: Keys, replica_id: str) -> None:
         """A prompt was sent to the replica."""
         sent = self._sent[replica_id]
@@ -123,17 +129,13 @@ class Smg:
 
     def __call__(self, view: View, prompt: Prompt, reports: Reports) -> Placement | None:
         keys = prompt.keys(BLOCK_TOKENS)
-        placement = self._choose(view, prompt, self.tree.match(keys))
-        if placement is not None:
-            self.tree.insert(keys, placement.standing.id)
-        return placement
+        return self.tree.learn(keys, self._choose(view, prompt, self.tree.match(keys)))
 
     def _choose(self, view: View, prompt: Prompt, sent: Mapping[str, int]) -> Placement | None:
         depths = [sent.get(s.id, 0) for s in view.replicas]
         matched = BLOCK_TOKENS * max(depths, default=0)
-        if unbalanced(view, self.balance_abs, self.balance_rel):
-            return fewest_requests(view)
-        if matched <= self.cache_threshold * prompt.num_tokens:
+        followed = matched > self.cache_threshold * prompt.num_tokens
+        if not followed or unbalanced(view, self.balance_abs, self.balance_rel):
             return fewest_requests(view)
         return cheapest(view, [-depth for depth in depths], f"was sent {matched} tokens of it")
 
@@ -169,10 +171,7 @@ class RayPrefix:
 
     def __call__(self, view: View, prompt: Prompt, reports: Reports) -> Placement | None:
         keys = prompt.keys(BLOCK_TOKENS)
-        placement = self._choose(view, prompt, self.tree.match(keys))
-        if placement is not None:
-            self.tree.insert(keys, placement.standing.id)
-        return placement
+        return self.tree.learn(keys, self._choose(view, prompt, self.tree.match(keys)))
 
     def _choose(self, view: View, prompt: Prompt, sent: Mapping[str, int]) -> Placement | None:
         if unbalanced(view, self.imbalanced_threshold, relative=1):
@@ -259,10 +258,7 @@ class Llmd:
         keys = prompt.keys(BLOCK_TOKENS)[: self.max_blocks]
         sent = self.tree.match(keys)
         shares = [sent.get(s.id, 0) / max(1, len(keys)) for s in view.replicas]
-        placement = self.weights.highest(view, reports, shares)
-        if placement is not None:
-            self.tree.insert(keys, placement.standing.id)
-        return placement
+        return self.tree.learn(keys, self.weights.highest(view, reports, shares))
 
 
 class Conductor:

@@ -70,7 +70,7 @@ class Measured:
     extra_calls: float
     first_ms: list[float]
     herd: Counter[str]
-    came_true: Counter[bool]
+    came_true: list[bool]
 
     @property
     def hits(self) -> float:
@@ -230,19 +230,19 @@ def _row(mine: Sequence[Measured]) -> list[str]:
 def _foretold(found: Sequence[Measured]) -> list[str]:
     """How well Herd predicted the cached tokens that engines reported."""
     total: Counter[str] = Counter()
-    exact: Counter[bool] = Counter()
+    true: list[bool] = []
     for one in found:
         total.update(one.herd)
-        exact.update(one.came_true)
+        true += one.came_true
     if not (count := total["herd_predictions_total"]):
         return []
     misses = total["herd_prediction_misses_total"]
     cause = "herd_prediction_misses_total{cause="
     causes = [f"{key[len(cause) : -1]} {n:.0f}" for key, n in total.items() if key.startswith(cause)]
-    near, true = 100 * (1 - misses / count), 100 * exact[True] / exact.total()
+    near, exact = 100 * (1 - misses / count), 100 * statistics.mean(true)
     return [
         f"Herd predicted the cached tokens of {count:.0f} requests: {near:.1f} % within a block of what the "
-        f"engine reported, {true:.1f} % to the token. Misses by cause: {', '.join(causes) or 'none'}."
+        f"engine reported, {exact:.1f} % to the token. Misses by cause: {', '.join(causes) or 'none'}."
     ]
 
 

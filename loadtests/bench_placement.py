@@ -27,6 +27,7 @@ from loadtests.trace import Arrival, compress, grain, read, spread
 from loadtests.twin import PolicyFactory, Setting, core_policy, simulate
 from router.config import Slo
 from router.core.placement import POLICIES as CORE
+from router.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
 TRACES, FLEET = ROOT / "loadtests" / "traces", ROOT / "deploy" / "sim-8b.yaml"
@@ -161,7 +162,10 @@ def main(name: str, fleet: Path, policies: str | None, seeds: int, quick: bool) 
     names = policies.split(",") if policies else list(POLICIES)
     if unknown := [policy for policy in names if policy not in POLICIES]:
         raise click.BadParameter(f"no such policy: {unknown[0]}; there are {', '.join(POLICIES)}")
-    measured = course(name, fleet, quick)
+    try:
+        measured = course(name, fleet, quick)
+    except ConfigError as error:
+        raise click.ClickException(str(error)) from None
     results = []
     for result in measure(names, measured, 1 if quick else seeds):
         results.append(result)

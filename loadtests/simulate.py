@@ -11,6 +11,7 @@ from time import process_time
 import msgspec
 from rich.table import Table
 
+from loadtests.baselines import PAPERS, SHIPPED
 from loadtests.outcomes import STRICT_ALL, STRICT_LONGEST, Summary, summarize
 from loadtests.trace import BLOCK_TOKENS, Arrival, compress, read, spread
 from loadtests.twin import PolicyFactory, Setting, core_policy, simulate
@@ -20,7 +21,12 @@ from router.errors import ConfigError
 from workers.command import flags
 from workers.simulated import options
 
-POLICIES: Mapping[str, PolicyFactory] = {name: core_policy(policy) for name, policy in CORE.items()}
+# Herd's own, and what others do.
+POLICIES: Mapping[str, PolicyFactory] = {
+    **{name: core_policy(policy) for name, policy in CORE.items()},
+    **SHIPPED,
+    **PAPERS,
+}
 
 
 @dataclass(frozen=True, slots=True)

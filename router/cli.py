@@ -267,7 +267,8 @@ def route(
     "policies",
     multiple=True,
     metavar="NAME",
-    help="How a replica is chosen; give several to compare them.  [default: the fleet's]",
+    help="How a replica is chosen: a policy of Herd's, or of a peer (loadtests/baselines.py). "
+    "Give several to compare them.  [default: the fleet's]",
 )
 @click.option(
     "--speed",

@@ -21,15 +21,21 @@ from router.openai_api import Call, Fields
 from router.prompter import Prompter
 from workers import dialects
 from workers.chat_messages import Unrenderable, template_variables, tool_dicts
+from workers.chat_template import TemplateError
 
 # English takes about one token for so much, in all larger vocabularies.
 BYTES_PER_TOKEN = 4
+# What shows that there is more than text, which takes other numbers of tokens.
+MEDIA = (b";base64,", b'"base64"', b'"input_audio"')
 # More is not read: no context is that long, and a template would take seconds for it.
 MAX_BODY_BYTES = 8 * 2**20
 # Clients send the same tools with every request: the last ones are kept parsed, unless they are larger.
 KEPT_TOOLS, MAX_KEPT_BYTES = 64, 256 * 1024
 # What a client may set for a template: nothing that could make it loop or write for long.
 MAX_VARIABLE_CHARS, MAX_VARIABLE = 256, 1_000_000
+
+# Names in reasons are those of clients, and may be long.
+MAX_REASON_CHARS = 200
 
 # Members of a request that leave its prompt alone: those of which vLLM's source shows it, and a few that it
 # ignores. With any other the token ids are not sent.
@@ -97,7 +103,7 @@ class Tokens:
 
 
 @dataclass(frozen=True, slots=True)
-class Family:
+class Reader:
     """How the prompts of a family are read. `text`: the members that they consist of, as they follow.
 
     `harmless`: the members with which token ids may be sent; None where they are not.
@@ -110,31 +116,39 @@ class Family:
 
 def read(call: Call, prompter: Prompter | None, adapter: str | None = None, lacking: str = "") -> Reading:
     """What a request asks to be prefilled. `adapter`: the LoRA it runs with. `lacking`: why no prompter."""
-    family = FAMILIES.get(call.family.path)
-    if family is None:
+    reader = READERS.get(call.family.path)
+    if reader is None:
         return Reading(None, reason="requests of this family have no prompt")
     root = root_key(adapter, _salt(call.fields))
     if prompter is None:
-        return _by_text(call.fields, family, root, lacking)
+        return _by_text(call.fields, reader, root, lacking)
     try:
-        tokens = _tokens(call, family, prompter)
-    except (Unread, Unrenderable) as error:
-        return _by_text(call.fields, family, root, str(error))
+        tokens = _tokens(call, reader, prompter)
     except Exception as error:  # bodies hold whatever clients send: the engine is to judge this one
-        return _by_text(call.fields, family, root, f"the router cannot read it: {type(error).__name__}")
-    withheld = tokens.withheld or _foreign_member(call.fields, family.harmless)
+        return _by_text(call.fields, reader, root, _why(error))
+    withheld = tokens.withheld or _foreign_member(call.fields, reader.harmless)
     if not tokens.ids:
         withheld = "the prompt is empty"
     return Reading(Prompt(len(tokens.ids) // TOKEN_BYTES, tokens.ids, root=root), not withheld, withheld)
 
 
-def _tokens(call: Call, family: Family, prompter: Prompter) -> Tokens:
+def _tokens(call: Call, reader: Reader, prompter: Prompter) -> Tokens:
     if len(call.body) > MAX_BODY_BYTES:
         raise Unread(f"the body is longer than {MAX_BODY_BYTES} bytes")
     for name in OTHER_PROMPT:
         if _given(call.fields, name):
             raise Unread(f"with {name!r} the engine makes another prompt")
-    return family.read(call.fields, prompter)
+    return reader.read(call.fields, prompter)
+
+
+def _why(error: Exception) -> str:
+    """In words that a log may hold: nothing of what the client said to the model."""
+    match error:
+        case TemplateError():
+            return f"the chat template fails: {type(error.__cause__ or error).__name__}"
+        case Unread() | Unrenderable():
+            return str(error)[:MAX_REASON_CHARS]
+    return f"the router cannot read it: {type(error).__name__}"
 
 
 def _foreign_member(fields: Fields, harmless: frozenset[str] | None) -> str:
@@ -142,16 +156,16 @@ def _foreign_member(fields: Fields, harmless: frozenset[str] | None) -> str:
         return "requests of this family are sent as they came"
     for name in fields.keys() - harmless:
         if bytes(fields[name]) not in IDLE.get(name, ()):
-            return f"what {name!r} does to the prompt is not known"
+            return f"what {name!r} does to the prompt is not known"[:MAX_REASON_CHARS]
     return ""
 
 
-def _by_text(fields: Fields, family: Family, root: int, reason: str) -> Reading:
+def _by_text(fields: Fields, reader: Reader, root: int, reason: str) -> Reading:
     """The prompt as its bytes in the request, of which those of the next turn are a continuation."""
-    text = b"".join([bytes(fields[name]) for name in family.text if _given(fields, name)])
+    text = b"".join([bytes(fields[name]) for name in reader.text if _given(fields, name)])
     text = text[:-1].rstrip() if text.endswith((b"]", b'"')) else text
-    images = b"base64" in text  # which are no text, and take other numbers of tokens
-    return Reading(Prompt(0 if images else len(text) // BYTES_PER_TOKEN, text=text, root=root), reason=reason)
+    known = not any(sign in text for sign in MEDIA)
+    return Reading(Prompt(len(text) // BYTES_PER_TOKEN if known else 0, text=text, root=root), reason=reason)
 
 
 # -- one family after the other
@@ -222,13 +236,13 @@ def _generate(fields: Fields, prompter: Prompter) -> Tokens:
     return Tokens(_packed(_required(fields, "token_ids", list)))
 
 
-FAMILIES: Mapping[str, Family] = MappingProxyType(
+READERS: Mapping[str, Reader] = MappingProxyType(
     {
-        "/v1/chat/completions": Family(_chat, ("tools", "messages"), INERT | INERT_IN_CHATS | SHAPE_CHATS),
-        "/v1/completions": Family(_completion, ("prompt",), INERT | SHAPE_COMPLETIONS),
-        "/v1/messages": Family(_messages, ("tools", "system", "messages")),
-        "/v1/responses": Family(_response, ("tools", "instructions", "input")),
-        "/inference/v1/generate": Family(_generate, ("token_ids",)),
+        "/v1/chat/completions": Reader(_chat, ("tools", "messages"), INERT | INERT_IN_CHATS | SHAPE_CHATS),
+        "/v1/completions": Reader(_completion, ("prompt",), INERT | SHAPE_COMPLETIONS),
+        "/v1/messages": Reader(_messages, ("tools", "system", "messages")),
+        "/v1/responses": Reader(_response, ("tools", "instructions", "input")),
+        "/inference/v1/generate": Reader(_generate, ("token_ids",)),
     }
 )
 

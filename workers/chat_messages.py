@@ -25,12 +25,20 @@ class Unrenderable(ValueError):
     """No prompt can be made of the request that is surely vLLM's; the message says why."""
 
 
+class Tool(dict[str, Any]):
+    """A tool as templates get it, with the JSON that they print of it, which is the same in every request."""
+
+    def __init__(self, members: Mapping[str, Any]) -> None:
+        super().__init__(members)
+        self.printed: dict[tuple[object, ...], str] = {}
+
+
 def conversation(messages: Sequence[Any], parts: bool) -> list[Message]:
     """The messages as templates get them; `parts`: contents as lists of parts, else as strings."""
     return [_message(message, parts) for message in messages]
 
 
-def tool_dicts(tools: Sequence[Any]) -> list[dict[str, Any]]:
+def tool_dicts(tools: Sequence[Any]) -> list[Tool]:
     """The tools as templates get them."""
     return [_tool(tool) for tool in tools]
 
@@ -138,7 +146,7 @@ def _tool_call(call: Any) -> dict[str, Any]:
     return named | {name: value for name, value in call.items() if name not in named}
 
 
-def _tool(tool: Any) -> dict[str, Any]:
+def _tool(tool: Any) -> Tool:
     """vLLM's `ChatCompletionToolsParam.model_dump`."""
     function = _field(tool, "function", dict)
     if tool.get("type", "function") != "function":
@@ -157,7 +165,7 @@ def _tool(tool: Any) -> dict[str, Any]:
         optional["defer_loading"] = deferred
     described |= {name: value for name, value in optional.items() if value is not None}
     shown = {"type": "function", "function": described}
-    return shown if deferred is None else {**shown, "defer_loading": deferred}
+    return Tool(shown if deferred is None else {**shown, "defer_loading": deferred})
 
 
 def _field(thing: Any, name: str, kind: Any) -> Any:

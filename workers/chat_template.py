@@ -20,7 +20,7 @@ from jinja2.runtime import Context, LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace, missing
 
-from workers.chat_messages import ContentFormat, Message, Unrenderable, conversation
+from workers.chat_messages import ContentFormat, Message, Tool, Unrenderable, conversation
 from workers.content_format import wants_parts
 from workers.tokenizer import read_config, read_json, special_tokens
 
@@ -268,10 +268,15 @@ def _tojson(
     value: Any,
     ensure_ascii: bool = False,
     indent: int | None = None,
-    separators: tuple[str, str] | None = None,
+    separators: Sequence[str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Jinja's own would escape what is special in HTML."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+    """Jinja's own would escape what is special in HTML. What was printed of a tool is printed again."""
+    between = None if separators is None else tuple(separators)
+    form = (ensure_ascii, indent, between, sort_keys)
+    printed = value.printed if type(value) is Tool else {}
+    if form not in printed:
+        printed[form] = json.dumps(
+            value, ensure_ascii=ensure_ascii, indent=indent, separators=between, sort_keys=sort_keys
+        )
+    return str(printed[form])

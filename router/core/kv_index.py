@@ -209,12 +209,12 @@ class KVIndex:
         """
         source, bits = self._sources[bit], bit << HISTORY
         source.used = True
+        self._put(keys, bits)  # which may drop older ones, also from the mirror
         before = len(source.mirror)
         for key in reversed(keys):  # an engine drops the tail of a prompt before its head
             source.mirror.pop(key, None)
             source.mirror[key] = None
         self._mirrored += len(source.mirror) - before
-        self._put(keys, bits)
         self.withdraw(bits, keys)
         self._trim(source, min(capacity, self._most_mirrored - (self._mirrored - len(source.mirror))))
 

@@ -45,7 +45,7 @@ def decision(predicted: int | None, observed: int | None, token_ids: str = accou
 
 def test_predictions_come_true_to_the_token_or_not() -> None:
     decided = [decision(32, 32), decision(0, 0), decision(32, 16), decision(None, 16), decision(16, None)]
-    assert account.came_true(decided) == {True: 2, False: 1}
+    assert account.came_true(decided) == [True, True, False]
 
 
 def test_token_ids_are_told_by_what_became_of_them() -> None:

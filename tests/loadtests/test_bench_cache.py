@@ -1,8 +1,10 @@
 """The cache benchmark from end to end, in its smallest form, and how it counts."""
 
+import json
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from support import ROOT
@@ -20,11 +22,16 @@ def oracle() -> Oracle:
     return Oracle(demo_model.tokenizer_dir())
 
 
-def test_every_figure_is_there() -> None:
+def test_every_figure_is_there(tmp_path: Path) -> None:
     done = subprocess.run(
-        [*BENCH, "--routers=herd least_requests"], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [*BENCH, "--routers=herd least_requests", f"--json={tmp_path / 'out'}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out").read_bytes())["found"][0]["requests"]
     row = next(line for line in done.stdout.splitlines() if line.startswith("| herd least_requests | "))
     _, hits, requests, *times, _ = (cell.strip() for cell in row.strip("|").split("|"))
     assert 0 <= float(hits) < 100
@@ -65,8 +72,8 @@ def test_engines_hold_so_many_prefixes_and_compute_one_in_its_time(oracle: Oracl
     assert tokens * float(str(args["step-time"]).split(",")[1]) == pytest.approx(0.064, rel=0.03)
 
 
-def measured(router: str, round: int, hits: float, **more: Counter[str] | Counter[bool]) -> Measured:
-    told = {"herd": Counter[str](), "came_true": Counter[bool]()} | more
+def measured(router: str, round: int, hits: float, **more: Counter[str] | list[bool]) -> Measured:
+    told = {"herd": Counter[str](), "came_true": []} | more
     return Measured(router, round, 1000.0, 10 * hits, [3, 4], 7.0, [10.0, 20.0, 30.0], **told)  # type: ignore[arg-type]
 
 
@@ -78,7 +85,7 @@ def test_hits_and_predictions_are_reported() -> None:
             'herd_prediction_misses_total{cause="evicted"}': 1,
         }
     )
-    ours = measured("herd kv_aware", 0, 91.0, herd=herd, came_true=Counter({True: 48, False: 2}))
+    ours = measured("herd kv_aware", 0, 91.0, herd=herd, came_true=[True] * 48 + [False] * 2)
     theirs = [measured("peer", number, hits) for number, hits in enumerate((80.0, 90.0))]
     told = bench_cache.report([ours, *theirs], 93.3, Plan(60.0, 10.0, 2), "Here.")
     assert "| herd kv_aware | 91.0 | 3, 4 | 20 |" in told

@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+from click.testing import CliRunner
 from support import ROOT
 
 from loadtests.baselines import SHIPPED
@@ -17,6 +18,7 @@ from loadtests.bench_placement import (
     Course,
     Result,
     course,
+    main,
     report,
     sustainable,
 )
@@ -99,19 +101,22 @@ def test_every_policy_has_one_name():
     assert len(POLICIES) == len(HERD) + len(SHIPPED) + len(REFERENCES)
 
 
-def bench(*options):
-    argv = [sys.executable, "-m", "loadtests.bench_placement", *options]
-    return subprocess.run(argv, cwd=ROOT, text=True, capture_output=True, timeout=120)
-
-
 def test_the_command_prints_the_policies_asked_for():
-    done = bench("--quick", "--trace", "synthetic", "--policies", "round_robin,dynamo")
-    assert done.returncode == 0, done.stderr
-    assert set(rows(done.stdout)) == {"round_robin", "dynamo"}
-    assert float(rows(done.stdout)["dynamo"][0].split()[0]) > 0
+    asked = ["--quick", "--trace", "synthetic", "--policies", "round_robin,ray"]
+    argv = [sys.executable, "-m", "loadtests.bench_placement", *asked]
+    said = rows(subprocess.check_output(argv, cwd=ROOT, text=True, timeout=120))
+    assert set(said) == {"round_robin", "ray"}
+    assert float(said["ray"][0].split()[0]) > 0
 
 
-def test_the_command_refuses_a_policy_that_is_none():
-    done = bench("--policies", "dynamo,nope")
-    assert done.returncode == 2
-    assert "no such policy: nope" in done.stderr
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        (["--policies", "dynamo,nope"], 2, "no such policy: nope"),
+        (["--fleet", "none.yaml"], 1, "Error: none.yaml"),
+    ],
+)
+def test_the_command_says_what_is_wrong(options, code, said):
+    done = CliRunner().invoke(main, options)
+    assert done.exit_code == code
+    assert said in done.output

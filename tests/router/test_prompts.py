@@ -15,8 +15,7 @@ from router import prompts
 from router.core.blocks import root_key
 from router.openai_api import FAMILIES, parse
 from router.prompter import Prompter
-from router.prompts import FAMILIES as READ
-from router.prompts import INERT, Reading
+from router.prompts import INERT, READERS, Reading
 from router.tokenizer_config import TokenizerConfig
 from workers import demo_model
 from workers.chat_messages import Unrenderable, tool_dicts
@@ -254,12 +253,12 @@ def test_families_without_a_prompt(path: str) -> None:
 )
 def test_no_ids_are_sent_beside_a_member_that_is_not_known(family: Any, name: str, value: Any) -> None:
     path, body = family
-    known = {*(READ[path].harmless or ()), *prompts.IDLE, "kv_transfer_params"}
+    known = {*(READERS[path].harmless or ()), *prompts.IDLE, "kv_transfer_params"}
     if name in known:
         return
     reading = read(path, **body, **{name: value})
     assert not reading.sendable
-    assert repr(name) in reading.reason
+    assert reading.reason.startswith(f"what {name!r} does"[: prompts.MAX_REASON_CHARS])
 
 
 @pytest.mark.parametrize(("path", "body"), [(CHAT, {"messages": HELLO}), (COMPLETION, {"prompt": "hello"})])
@@ -313,12 +312,21 @@ def test_what_is_longer_than_any_context_is_not_read() -> None:
     assert reading.prompt.num_tokens > 1_000_000
 
 
+def test_reasons_tell_nothing_of_what_was_said() -> None:
+    refusing = Prompter(
+        TokenizerConfig(source="demo", chat_template="{{ raise_exception(messages[0].content) }}")
+    )
+    reading = read(CHAT, refusing, messages=[{"role": "user", "content": "my secret"}])
+    assert reading.reason == "the chat template fails: TemplateError"
+    assert len(read(CHAT, messages=HELLO, **{"x" * 10_000: 1}).reason) <= prompts.MAX_REASON_CHARS
+
+
 def test_a_template_that_recurses_without_end_costs_a_request_nothing() -> None:
     endless = Prompter(
         TokenizerConfig(source="demo", chat_template="{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}")
     )
     reading = read(CHAT, endless, messages=HELLO)
-    assert "recursion" in reading.reason
+    assert reading.reason == "the chat template fails: RecursionError"
 
 
 # -- what keys stand on

@@ -283,3 +283,20 @@ def test_any_chat_that_the_router_reads_is_what_vllm_makes_of_it(
     assert reading.prompt.token_ids is not None
     rendered = engine.post(f"{CHAT}/render", with_template(template, body)).raise_for_status().json()
     assert rendered["token_ids"] == ids_of(reading.prompt.token_ids)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [(CHAT, {"messages": [{"role": "user", "content": LONG * 6}]}), (COMPLETION, {"prompt": LONG * 6})],
+)
+def test_ids_of_a_prompt_that_is_too_long_are_refused_as_its_text_is(
+    engine: RunningEngine, path: str, body: dict[str, Any], stream: bool
+) -> None:
+    """Not in a stream that has begun: the router would take that for a broken engine."""
+    call = call_of(path, {**body, "max_tokens": 8, "stream": stream})
+    with engine.client() as client:
+        for sent in (call.upstream_body(), call.upstream_body(prompt_ids=ours(path, body))):
+            reply = client.post(path, content=sent, headers={"content-type": "application/json"})
+            assert reply.status_code == 400, reply.text
+            assert "maximum context length" in reply.json()["error"]["message"]

@@ -37,6 +37,16 @@ def test_json_is_written_as_transformers_writes_it() -> None:
     assert rendered("{{ [1, 2] | tojson(separators=(',', ':')) }}") == "[1,2]"
 
 
+def test_tools_are_printed_in_every_form_that_a_template_asks_for() -> None:
+    tools = tool_dicts([{"function": {"name": "ä", "parameters": {"b": 1, "a": [2]}}}])
+    prints = "{{ tools[0] | tojson }}\n{{ tools[0] | tojson(separators=[',', ':'], sort_keys=true) }}"
+    expected = json.dumps(tools[0], ensure_ascii=False) + "\n"
+    expected += json.dumps(tools[0], ensure_ascii=False, separators=(",", ":"), sort_keys=True)
+    for _ in range(2):  # the second time as it was printed before
+        assert rendered(prints, tools=tools) == expected
+    assert rendered("{{ tools | tojson }}", tools=tools) == json.dumps(tools, ensure_ascii=False)
+
+
 def test_loop_controls_and_generation_marks_are_known() -> None:
     each = "{% for n in [1, 2, 3] %}{% if n == 2 %}{% continue %}{% endif %}{{ n }}{% endfor %}"
     assert rendered(each) == "13"
