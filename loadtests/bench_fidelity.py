@@ -42,6 +42,10 @@ READ_BYTES = 1 << 16
 CACHED = re.compile(rb'"cached_tokens":\s*(\d+)')
 # How far the figures may lie apart.
 TOLERANCE = 0.05
+# A policy that weighs seconds may choose otherwise for a few milliseconds, and from there on all is
+# different. How far that goes is seen in runs of the twin whose requests come up to so much later.
+MOVED_S = 0.01
+MOVED_RUNS = 20
 
 Figure = Callable[[Summary], float]
 FIGURES: Mapping[str, Figure] = {
@@ -96,27 +100,45 @@ def _chance_of(arrival: Arrival) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Sides:
-    """The figures of both."""
+    """The figures of both; `moved`: of the twin, when the same requests come a few milliseconds later."""
 
     live: Summary
     twin: Summary
+    moved: Sequence[Summary] = ()
 
     def apart(self, figure: Figure) -> float:
         """By how much of the live figure the twin's differs."""
         live, twin = figure(self.live), figure(self.twin)
         return abs(twin / live - 1) if live else float(twin != live)
 
+    def span(self, figure: Figure) -> tuple[float, float]:
+        """The least and the most that the twin has."""
+        figures = [figure(summary) for summary in (self.twin, *self.moved)]
+        return min(figures), max(figures)
+
+    def near(self, figure: Figure) -> bool:
+        """Whether the twin is right: within the tolerance, or what chance makes of either side."""
+        least, most = self.span(figure)
+        return self.apart(figure) <= TOLERANCE or least <= figure(self.live) <= most
+
     @property
     def faithful(self) -> bool:
         """Whether all figures that are judged are near enough."""
-        return all(self.apart(figure) <= TOLERANCE for figure in FIGURES.values())
+        return all(map(self.near, FIGURES.values()))
 
 
 async def compare(plan: Plan) -> Sides:
     """Runs both. Raises BenchFailed."""
     arrivals = plan.arrivals()
+    moved = [virtual(plan, spread(arrivals, Random(n), MOVED_S)) for n in range(MOVED_RUNS)]
+    outcomes = await live(plan, arrivals)
+    return Sides(summarize(outcomes, Slo()), virtual(plan, arrivals), moved)
+
+
+def virtual(plan: Plan, arrivals: Sequence[Arrival]) -> Summary:
+    """The twin's side."""
     run = simulate(arrivals, plan.setting, core_policy(POLICIES[plan.policy]), plan.seed)
-    return Sides(summarize(await live(plan, arrivals), Slo()), summarize(run.outcomes, Slo()))
+    return summarize(run.outcomes, Slo())
 
 
 # -- live
@@ -210,11 +232,13 @@ class Client:
 
 def report(sides: Sides) -> str:
     """A row per figure."""
-    rows = [
-        [name, f"{of(sides.live):.4f}", f"{of(sides.twin):.4f}", f"{100 * sides.apart(of):.1f} %"]
-        for name, of in {**FIGURES, **BESIDE}.items()
-    ]
-    return table(["", "live", "twin", "apart"], rows)
+    head = ["", "live", "twin", "apart", f"twin, requests moved by up to {1e3 * MOVED_S:g} ms"]
+    return table(head, [_row(sides, name, of) for name, of in {**FIGURES, **BESIDE}.items()])
+
+
+def _row(sides: Sides, name: str, of: Figure) -> list[str]:
+    live, twin, least, most = (f"{value:.4f}" for value in (of(sides.live), of(sides.twin), *sides.span(of)))
+    return [name, live, twin, f"{100 * sides.apart(of):.1f} %", f"{least}..{most}"]
 
 
 @click.command(context_settings={"show_default": True})
@@ -225,7 +249,11 @@ def report(sides: Sides) -> str:
 @click.option("--clock", default=1.0, help="The engines' clock; a slower one leaves each token more CPU.")
 @click.option("--seed", default=0)
 def main(policy: str, replicas: int, seconds: float, load: float, clock: float, seed: int) -> None:
-    """The twin beside live simulated engines; exit code 1 if a figure is more than 5 % apart."""
+    """The twin beside live simulated engines.
+
+    Exit code 1 if TTFT p50, p90 or hit rate are more than 5 % apart, and outside of what the twin has when
+    the requests are moved a little.
+    """
     plan = Plan(policy, replicas, seconds, load, clock, seed)
     sides = run_bench(compare(plan))
     click.echo(f"{sides.live.requests} requests, {replicas} engines at {clock:g} x their speed, {policy}\n")

@@ -13,15 +13,16 @@ import re
 import time
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import click
 import httpx
-import uvloop
 
 from loadtests import contenders, generator, mock_engine
-from loadtests.bench_relay import BenchFailed, Cores, engines, machine, ready
-from loadtests.contenders import Running
-from loadtests.cpu import cpu_seconds, pinned
+from loadtests.bench import BenchFailed, Cores, machine, ready, run_bench
+from loadtests.bench_relay import engines
+from loadtests.contenders import Contender, Ports, Running
+from loadtests.cpu import cpu_seconds
 from loadtests.report import spread, table
 from router.core.fleet import Fleet, Replica
 from router.gossip import Gossip
@@ -35,11 +36,10 @@ BURST_S = 0.01  # between placements that are told; those within router.gossip.C
 
 CONNECTIONS = 64
 SETTLE_S = 1.0
-HERD = "herd route --host 127.0.0.1 --port {port} --admin-port 0 --worker-urls {urls}"
 WAYS = {
-    "one process": HERD,
-    "two processes": f"{HERD} --processes 2",
-    "two processes, two shards": f"{HERD} --processes 2 --shards 2",
+    "one process": (),
+    "two processes": ("--processes", "2"),
+    "two processes, two shards": ("--processes", "2", "--shards", "2"),
 }
 
 
@@ -92,12 +92,17 @@ def replica_id(n: int) -> str:
     return f"http://10.0.0.{n}:8000"
 
 
+def herd(way: str, urls: list[str], ports: Ports, scratch: Path) -> list[str]:
+    """`herd route` run in this way; its processes have any free admin ports, as its log tells."""
+    return [*contenders.herd("least_requests")(urls, ports, scratch), "--admin-port", "0", *WAYS[way]]
+
+
 async def request_costs(urls: list[str], rounds: int, seconds: float, cores: Cores) -> dict[str, list[Cost]]:
     """What a small request costs in each way of running routers; in turn, since a shared machine drifts."""
     with contextlib.ExitStack() as stack:
         routers = {}
-        for way, command in WAYS.items():
-            contender = contenders.template(way, command)
+        for way in WAYS:
+            contender = Contender(way, partial(herd, way))
             router = routers[way] = stack.enter_context(contenders.running(contender, urls, cores.router))
             await ready(way, router, mock_engine.MODEL)
             while not admin_ports(router):  # told when all processes are there
@@ -111,10 +116,14 @@ async def request_costs(urls: list[str], rounds: int, seconds: float, cores: Cor
 
 
 async def request_cost(router: Running, seconds: float) -> Cost:
+    """What one costs now."""
     request = generator.request(router.port, mock_engine.MODEL, stream=False)
-    load = generator.Load(request, CONNECTIONS, SETTLE_S, mock_engine.text(1), stream=False)
+    load = generator.same(request, mock_engine.text(1), CONNECTIONS, SETTLE_S, stream=False)
     before = await passed_on(router)
-    sample = await generator.run(load, router.port, seconds, partial(cpu_seconds, router.pid))
+    try:
+        sample = await generator.run(load, [router.port], seconds, partial(cpu_seconds, router.pid))
+    except (generator.BrokenReply, OSError) as error:
+        raise BenchFailed(str(error)) from None
     after = await passed_on(router)
     if sample.broken:
         raise BenchFailed(f"replies were broken: {'; '.join(sample.broken)}")
@@ -157,11 +166,7 @@ async def bench(rounds: int, seconds: float, cores: Cores) -> str:
 def main(rounds: int, seconds: float) -> None:
     """Measure what several router processes cost: gossip, and passing requests on to their owner."""
     cores = Cores.of_machine()
-    try:
-        with pinned({cores.load}):
-            told = uvloop.run(bench(rounds, seconds, cores))
-    except (BenchFailed, generator.BrokenReply) as error:
-        raise click.ClickException(str(error)) from None
+    told = run_bench(bench(rounds, seconds, cores), cores)
     where = machine(cores)
     click.echo(f"{where['date']}, {where['cpu']}, Python {where['python']}.\n\n{told}")
 

@@ -31,6 +31,8 @@ Held = Callable[[Prompt], int]
 
 # An engine with a queue answers its canary late.
 TIMEOUT_S = 30.0
+# The tokens of the longest prompt take half of it; what goes on is no answer.
+MAX_REPLY_BYTES = 16 * 1024 * 1024
 # Events come milliseconds after the reply; a busy machine adds to that.
 EVENTS_S, EVENTS_LOOK_S = 3.0, 0.01
 # What the canary of the cache fills: a chain of blocks, not only a first one.
@@ -184,9 +186,15 @@ class Engine:
         return _decode_reply(reply.raise_for_status().content)
 
     async def _post(self, path: str, body: dict[str, Any]) -> httpx.Response:
-        return await self.client.post(
-            f"{self.replica.url}{path}", content=msgspec.json.encode(body), headers=JSON, timeout=TIMEOUT_S
-        )
+        """The whole reply. Raises httpx.HTTPError, also for one that does not end."""
+        url, content = f"{self.replica.url}{path}", msgspec.json.encode(body)
+        whole = bytearray()
+        async with self.client.stream("POST", url, content=content, headers=JSON, timeout=TIMEOUT_S) as reply:
+            async for part in reply.aiter_bytes():
+                whole += part
+                if len(whole) > MAX_REPLY_BYTES:
+                    raise httpx.ReadError(f"a reply of more than {MAX_REPLY_BYTES} bytes")
+            return httpx.Response(reply.status_code, content=bytes(whole), request=reply.request)
 
 
 async def compare_tokens(engine: Engine, call: Call, ours: bytes) -> Finding | None:

@@ -33,7 +33,7 @@ ROUND_S = 0.05
 COALESCE_S = 0.005
 # How often membership is asked who is there; a process that is not known and speaks is looked for at once.
 LOOK_S = 1.0
-# A UDP datagram has at most 65,507 bytes. A replica's load takes 18, its id rarely more than 100.
+# A UDP datagram has at most 65,507 bytes. A replica's load takes 30, its id rarely more than 100.
 MOST_REPLICAS = 500
 
 VERSION = 1
@@ -42,7 +42,6 @@ HEAD = struct.Struct("!B8s16s")
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Report).decode
-
 
 # Tells of all processes that membership knows, of the one that asks too.
 Directory = Callable[[], Iterable[Contact]]

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -62,6 +63,20 @@ class Feed:
     hybrid: bool = False
 
 
+class Turns:
+    """Shares the loop: whoever takes in many batches asks after each whether others have waited."""
+
+    def __init__(self) -> None:
+        self._clock = asyncio.get_running_loop().time
+        self._ends = self._clock() + TURN_S
+
+    async def share(self) -> None:
+        """Lets others have a turn once this one is over."""
+        if self._clock() > self._ends:
+            await asyncio.sleep(0)
+            self._ends = self._clock() + TURN_S
+
+
 class KVFeed:
     """Follows replicas that publish their KV events. What it learns goes to the fleet and to the listener."""
 
@@ -113,14 +128,11 @@ class KVFeed:
 
     async def _live(self, feed: Feed, live: zmq.asyncio.Socket) -> None:
         """Batches as they come. Raises DecodeError, or ValueError for what is no batch."""
-        clock = asyncio.get_running_loop().time
-        turn_ends = clock() + TURN_S
+        turns = Turns()
         while True:
             _, number, payload = await live.recv_multipart()
             await self._heard(feed, int.from_bytes(number, "big"), decode_batch(payload))
-            if clock() > turn_ends:
-                await asyncio.sleep(0)
-                turn_ends = clock() + TURN_S
+            await turns.share()
 
     async def _heard(self, feed: Feed, number: int, batch: KVEventBatch) -> None:
         """A live batch: the one that is due, or one of before, or of another engine, or behind a gap."""
@@ -142,22 +154,29 @@ class KVFeed:
         It is asked again from where its answer had a hole or stopped without its end, as vLLM 0.32's may.
         """
         while True:
-            asked, whole = feed.place.due, True
+            asked = feed.place.due
             try:
-                async for number, payload in self._replayed(feed.replica, asked):
-                    if number > feed.place.due != asked:
-                        whole = False
-                        break
-                    if number > feed.place.due:
-                        self._skip(feed, number)
-                    if number == feed.place.due:
-                        self._take(feed, decode_batch(payload))
+                async with aclosing(self._replayed(feed.replica, asked)) as batches:
+                    whole = await self._take_replayed(feed, batches)
             except TimeoutError:
                 whole = feed.place.due == asked
             if whole:
                 return
 
-    async def _replayed(self, replica: Replica, start: int) -> AsyncIterator[tuple[int, bytes]]:
+    async def _take_replayed(self, feed: Feed, batches: AsyncIterator[tuple[int, bytes]]) -> bool:
+        """False at a hole. What is missing at the very beginning is lost: just that was asked for."""
+        turns, asked = Turns(), feed.place.due
+        async for number, payload in batches:
+            if number > feed.place.due != asked:
+                return False
+            if number > feed.place.due:
+                self._skip(feed, number)
+            if number == feed.place.due:
+                self._take(feed, decode_batch(payload))
+            await turns.share()
+        return True
+
+    async def _replayed(self, replica: Replica, start: int) -> AsyncGenerator[tuple[int, bytes], None]:
         """Batches from number `start` on to the last one. Raises TimeoutError where nothing more comes."""
         if replica.kv_replay is None:
             return

@@ -200,9 +200,25 @@ class Parity:
 
     def _judge_miss(self, subject: Subject, response: Response, prompt: Prompt) -> None:
         """Now that the events of its time have come."""
+        self._look_for_holes(subject)
         if self._subjects.get(subject.id) is subject and response.placed_at >= subject.since:
             keys = prompt.keys(subject.record.block_size)
             self._judge(subject, response._replace(keys=keys, held=self._held(subject, prompt)))
+
+    def _look_for_holes(self, subject: Subject) -> None:
+        """Whether the index lacks what the replica told of, or the replica told of less than it has."""
+        standing, record = self._fleet.get(subject.id), subject.record
+        if standing is None or not record.complete:
+            return
+        source = self._fleet.index.source(standing.bit)
+        if self._fleet.index.dropped or source.unkeyed:
+            record.complete = False
+        elif source.orphans:
+            self._doubt(
+                subject,
+                Doubt.EVENTS_LOST,
+                "its KV events tell of blocks behind others that they never told of",
+            )
 
     def _judge(self, subject: Subject, response: Response) -> None:
         doubts = subject.record.doubts

@@ -350,6 +350,7 @@ class Fleet:
         """From now on this router knows the caches of these replicas only, and places requests there."""
         for replica_id in self._standings.keys() - share:
             self.forget(replica_id)
+            self.trusted(replica_id, Trust.LOAD, "another router is to know its cache", 0)
         self._share = share
         self._ready.clear()
 

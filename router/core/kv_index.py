@@ -103,7 +103,8 @@ class KVIndex:
     """The blocks of every replica of every model, in at most `max_bytes` bytes.
 
     A shard is counted with the largest size that its dicts take, and an int of its own for each key, name and
-    mask; many are shared, so less is used. `generation`: blocks in a generation of a shard.
+    mask; many are shared, so less is used. `generation`: blocks in a generation of a shard. `dropped`: blocks
+    that were given up for want of room.
     """
 
     def __init__(self, max_bytes: int = DEFAULT_BYTES, generation: int = GENERATION) -> None:
@@ -120,6 +121,7 @@ class KVIndex:
         self._mirrored = 0
         self._sources: dict[int, Source] = {}
         self._places = self._leaving = 0
+        self.dropped = 0
         self._tiered = self._stale = 0
         self._sweeper: Iterator[None] = iter(())
 
@@ -207,12 +209,12 @@ class KVIndex:
         """
         source, bits = self._sources[bit], bit << HISTORY
         source.used = True
+        self._put(keys, bits)  # which may drop older ones, also from the mirror
         before = len(source.mirror)
         for key in reversed(keys):  # an engine drops the tail of a prompt before its head
             source.mirror.pop(key, None)
             source.mirror[key] = None
         self._mirrored += len(source.mirror) - before
-        self._put(keys, bits)
         self.withdraw(bits, keys)
         self._trim(source, min(capacity, self._most_mirrored - (self._mirrored - len(source.mirror))))
 
@@ -316,6 +318,7 @@ class KVIndex:
     def _age(self, shard: int) -> None:
         """A shard's young are old from now on, and its old are gone."""
         gone, self._old[shard], self._young[shard] = self._old[shard], self._young[shard], {}
+        self.dropped += len(gone)
         if self._surplus or self._mirrored:
             for key, held in gone.items():
                 self._lose(key, held)
@@ -428,6 +431,7 @@ class KVIndex:
         kept = {name: key for name, key in self._named[shard].items() if self._held(key)}
         excess = len(kept) - 3 * self._most_young // 2
         if excess > 0:
+            self.dropped += excess
             for name in sorted(kept, key=lambda name: kept[name] in young[kept[name] % count])[:excess]:
                 key = kept.pop(name)
                 self._lose(key, self._held(key))

@@ -68,5 +68,5 @@ class Loads:
 
     def at(self, replica_id: str) -> Load:
         """What all of them have at a replica."""
-        told = (peer.loads.get(replica_id) for peer in self.peers.values())
-        return sum((load for load in told if load is not None), NO_LOAD)
+        told = [load for peer in self.peers.values() if (load := peer.loads.get(replica_id)) is not None]
+        return sum(told[1:], told[0]) if told else NO_LOAD

@@ -38,6 +38,12 @@ def test_five_percent_apart_is_near_enough(changed: dict[str, float], faithful: 
     assert Sides(SUMMARY, replace(SUMMARY, **changed)).faithful is faithful
 
 
+def test_what_chance_makes_of_the_twin_is_near_enough() -> None:
+    far, farther = (replace(SUMMARY, ttft_p90=p90) for p90 in (0.9, 0.8))
+    assert Sides(SUMMARY, far, [farther, replace(SUMMARY, ttft_p90=1.1)]).faithful
+    assert not Sides(SUMMARY, far, [farther]).faithful
+
+
 def test_a_reply_that_is_not_whole_fails_the_check() -> None:
     async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")

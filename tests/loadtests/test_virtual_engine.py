@@ -54,16 +54,17 @@ def note(moments: Moments, step: Step, now: float) -> None:
 
 def step_by_step(config: EngineConfig, coming: list[Coming]) -> Moments:
     """When first and last tokens come of an engine that does one step after the other."""
-    core, moments, now = Engine(config), Moments(), 0.0
+    core, moments, now = Engine(config), Moments(), -1.0
     waiting = sorted(enumerate(coming), key=lambda pair: pair[1].at)
     while waiting or core.has_work:
-        if not core.has_work:
-            now = max(now, waiting[0][1].at)
+        idle = not core.has_work and waiting[0][1].at > now
+        if idle:
+            now = waiting[0][1].at
         while waiting and waiting[0][1].at <= now:
             number, request = waiting.pop(0)
             core.add(str(number), request.content(), request.output, now)
-            if core.num_waiting == 1 and not core.num_running:
-                break  # an idle engine begins with the first that comes
+            if idle:
+                break  # it begins with the first that comes
         step = core.step(now)
         if step is not None:
             now += step.duration

@@ -62,7 +62,7 @@ def ask(server: Server, messages: list[dict[str, str]]) -> tuple[str, dict[str, 
 
 def converse(server: Server, topic: str, turns: int) -> list[dict[str, Any]]:
     """The record of every turn of a conversation that opens with about 2,000 tokens."""
-    told = " ".join(f"{topic} {number}" for number in range(600))
+    told = " ".join(f"{topic} {number}" for number in range(500))
     messages = [{"role": "system", "content": told}, {"role": "user", "content": "What is this about?"}]
     records = []
     for _ in range(turns):

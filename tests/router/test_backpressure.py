@@ -75,7 +75,9 @@ async def settled(count: Callable[[], int]) -> int:
 async def test_a_slow_client_costs_the_router_little(start: Start, path, beginning, piece):
     flood = Flood(beginning, piece)
     async with engine(flood) as (it, url), AsyncExitStack() as stack:
-        route = await asyncio.to_thread(router, start, Server(None, url))
+        route = await asyncio.to_thread(
+            router, start, Server(None, url), flags=("--policy", "least_requests")
+        )
         pid, port = route.running.process.pid, int(route.url.rpartition(":")[2])
         before = rss_bytes(pid)
         clients = [await stack.enter_async_context(client(port)) for _ in range(STREAMS)]

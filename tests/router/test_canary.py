@@ -77,6 +77,15 @@ async def test_an_engine_without_tokenize_is_no_liar():
     assert found.kind is Doubt.NO_TOKENIZE
 
 
+async def test_an_engine_that_does_not_stop_is_not_listened_to(monkeypatch):
+    monkeypatch.setattr("router.canary.MAX_REPLY_BYTES", 1000)
+    with pytest.raises(httpx.ReadError, match="more than 1000 bytes"):
+        await asked(
+            {TOKENIZE.encode(): tokens(list(range(1000)))},
+            lambda e: compare_tokens(e, request(CHAT, HELLO), packed(OURS)),
+        )
+
+
 @pytest.mark.parametrize("status", ["500 Internal Server Error", "503 Service Unavailable"])
 async def test_an_engine_in_trouble_proves_nothing(status):
     with pytest.raises(httpx.HTTPStatusError):

@@ -158,6 +158,7 @@ def test_a_router_with_a_share_knows_and_offers_only_that(fleet):
     assert cached(fleet, prompt_of(100)) == {"r1": Cached(48, 0, 3)}
     assert [s.id for s in fleet.view("m").replicas] == ["r1"]
     assert (fleet.knows("r0"), fleet.knows("r1")) == (False, True)
+    assert (fleet.get("r0").trust, fleet.get("r1").trust) == (Trust.LOAD, Trust.EXACT)
 
 
 def test_a_share_of_which_nothing_is_ready_keeps_no_request_waiting(fleet):

@@ -197,7 +197,7 @@ class World:
         for told in (engine.holds, engine.maybe, *([engine.sure] if sure else ())):
             told.update(Block(tier, block) for block in new)
         if tier is Tier.GPU:
-            self.confirm(engine.bit, set() if content.images else set(content.keyed()[first:]), sure)
+            self.confirm(engine.bit, set(content.keyed()[first : min(content.images, default=None)]), sure)
 
     def remove(self, engine: Engine, content: Content, tier: Tier) -> None:
         block = Block(tier, content)

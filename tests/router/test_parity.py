@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import sys
 from dataclasses import dataclass
 from random import Random
@@ -12,8 +13,6 @@ from typing import NamedTuple
 
 import httpx
 import pytest
-import zmq
-import zmq.asyncio
 from prometheus_client import generate_latest
 from router_wire import VLLM_PAGES, WAIT_S, answering, reply, until
 from router_wire import engine as scripted
@@ -21,12 +20,15 @@ from support import Running, Start, eventually, free_ports
 from xxhash import xxh3_64_intdigest
 
 from router.canary import CHAT, request
+from router.config import RouterConfig
 from router.core.blocks import Prompt
-from router.core.fleet import Fleet, Trust
-from router.core.kv_events import decode_batch
+from router.core.fleet import Cached, Fleet, Trust
+from router.core.kv_events import BlockStored
 from router.core.trust import Cause, Doubt
+from router.front import FrontDoor
 from router.health import Endpoint, learn
 from router.http.sse import PromptTokensDetails, Usage, usage_of
+from router.kv_feed import KVFeed
 from router.metrics import Metrics
 from router.parity import SAMPLE_EVERY, Parity
 from router.tokenizer import Tokenizers
@@ -49,14 +51,15 @@ class Engine:
     def url(self):
         return f"http://127.0.0.1:{self.ports}"
 
-    def run(self, *flags: str, events: bool = True, reports: bool = True) -> Running:
+    def run(self, *flags: str, events: bool = True, reports: bool = True, replay: bool = True) -> Running:
         argv = ["--port", str(self.ports), "--speed", "1000", "--served-model-name", MODEL, *flags]
         if reports:
             argv += ["--enable-prompt-tokens-details"]
         if events:
-            told, replay = (f"tcp://127.0.0.1:{port}" for port in (self.ports + 1, self.ports + 2))
-            config = {"enable_kv_cache_events": True, "endpoint": told, "replay_endpoint": replay}
-            argv += ["--kv-events-config", json.dumps(config).replace("127.0.0.1", "*")]
+            config = {"enable_kv_cache_events": True, "endpoint": f"tcp://*:{self.ports + 1}"}
+            if replay:
+                config["replay_endpoint"] = f"tcp://*:{self.ports + 2}"
+            argv += ["--kv-events-config", json.dumps(config)]
         self.running = self.start(sys.executable, "-m", "workers.simulated", *argv)
         eventually(lambda: self.get("/health").status_code == 200, 30, httpx.TransportError)
         return self.running
@@ -85,6 +88,7 @@ class Bench:
         self.fleet, self.metrics = Fleet(), Metrics()
         self.tokenizers = Tokenizers(tokenizers)
         self.parity = Parity(self.fleet, self.metrics, self.tokenizers)
+        self.feed = KVFeed(self.fleet, self.metrics, self.parity)
         self.asked = 0
         self.begun = []
 
@@ -95,32 +99,16 @@ class Bench:
         replica = await learn(self.client, Endpoint("r", self.engine.url))
         self.tokenizers.follow(replica)
         self.fleet.joined(replica, self.now)
-        self.feed = asyncio.create_task(self.follow(replica))
         self.parity.joined(replica)
+        self.feed.start()
+        self.feed.follow(replica)
 
     async def leave(self):
         self.parity.left("r")
         await self.parity.stop()
         await self.tokenizers.stop()
-        self.feed.cancel()
+        await self.feed.stop()
         await self.client.aclose()
-
-    async def follow(self, replica):
-        if replica.kv_events is None:
-            return
-        with zmq.asyncio.Context() as context, context.socket(zmq.SUB) as socket:
-            socket.connect(replica.kv_events)
-            socket.subscribe(b"")
-            expected = None
-            while True:
-                _, number, payload = await socket.recv_multipart()
-                number = int.from_bytes(number, "big")
-                if expected is not None and number < expected:
-                    self.fleet.forget("r")
-                    self.parity.restarted("r")
-                expected = number + 1
-                for event in decode_batch(payload).events:
-                    self.fleet.apply("r", event)
 
     @property
     def now(self):
@@ -359,6 +347,67 @@ async def test_lost_events_show_in_what_is_reported(engine):
         await exact(it)
 
 
+async def test_events_that_can_be_replayed_are_not_missed(engine):
+    engine.run()
+    async with bench(engine) as it:
+        await exact(it)
+        await converse(it, 10)
+        engine.fault(kind="drop_kv_events", times=3)
+        await converse(it, 50)
+        await until(lambda: it.metrics.of(MODEL).event_gaps.value > 0)
+        assert it.demotions == 0
+        assert Cause.UNEXPLAINED not in it.misses
+
+
+async def test_events_that_are_gone_end_exactness_until_canaries_passed(engine):
+    engine.run(replay=False)
+    async with bench(engine) as it:
+        await exact(it)
+        await converse(it, 10)
+        engine.fault(kind="drop_kv_events", times=1)
+        await converse(it, 3)
+        await until(lambda: it.demotions == 1)
+        assert re.fullmatch(r"its KV events \d+ to \d+ are lost", it.standing.trust_reason)
+        assert it.standing.takes_ids
+        await exact(it)
+        await converse(it, 50)
+        await until(lambda: it.trust is Trust.EXACT)
+        assert it.demotions == 1
+
+
+def reported(it, predicted, cached):
+    """A response that told so many tokens cached where others were predicted."""
+    prompt = Prompt(100, bytes(400))
+    flight = it.fleet.started("r", it.now, prompt, Cached(predicted))
+    it.fleet.finished(flight, it.now)
+    it.parity.reported(flight, prompt, Usage(100, 1, PromptTokensDetails(cached)))
+
+
+async def test_blocks_behind_unknown_ones_are_a_hole_in_the_events(engine):
+    engine.run()
+    async with bench(engine) as it:
+        await exact(it)
+        it.fleet.apply("r", BlockStored([1], list(range(16)), 16, parent_block_hash=2))
+        reported(it, 0, 64)
+        await until(lambda: it.demotions == 1)
+        assert "blocks behind others that they never told of" in it.standing.trust_reason
+        await exact(it)
+
+
+async def test_what_the_index_had_no_room_for_is_held_against_nobody(engine):
+    engine.run()
+    async with bench(engine) as it:
+        await exact(it)
+        it.fleet.index.dropped = 1
+        for _ in range(9):
+            reported(it, 0, 64)
+        await until(lambda: it.misses == {Cause.UNLEARNT: 9})
+        assert it.trust is Trust.EXACT
+        for _ in range(5):
+            reported(it, 64, 0)
+        await until(lambda: it.demotions == 1)
+
+
 async def test_another_block_size_after_a_restart(engine):
     engine.run("--block-size", "16")
     async with bench(engine) as it:
@@ -384,3 +433,49 @@ async def test_an_engine_restarted_with_an_empty_cache(engine):
         await exact(it)
         await converse(it, 40)
         assert it.trust is Trust.EXACT
+
+
+# -- the whole router
+
+
+@contextlib.asynccontextmanager
+async def front_door(engine):
+    ports = {"host": "127.0.0.1", "port": 0, "admin_port": 0}
+    front = FrontDoor(RouterConfig(policy="kv_aware", tokenizers=DEMO, **ports), promised=(MODEL,))
+    await front.start()
+    front.membership([Endpoint("r", engine.url)])
+    await front.open()
+    base = f"http://127.0.0.1:{front.port}"
+    try:
+        async with httpx.AsyncClient(base_url=base, trust_env=False, timeout=WAIT_S) as client:
+            yield front, client
+    finally:
+        await front.stop(0)
+
+
+async def test_through_the_front_door(engine):
+    engine.run()
+    async with front_door(engine) as (front, client):
+
+        async def ask(messages, request_id="other"):
+            body = {"model": MODEL, "messages": messages, "max_tokens": 1}
+            reply = await client.post(CHAT, json=body, headers={"x-request-id": request_id})
+            return reply.raise_for_status().json()["usage"]
+
+        def replica():
+            return front.fleet.get("r")
+
+        await until(lambda: replica().trust is Trust.EXACT)
+        messages = [{"role": "user", "content": "How many sheep are in the herd? " * 20}]
+        await ask(messages)
+        metrics = front.metrics.of(MODEL)
+        again = await ask(messages)
+        assert again["prompt_tokens_details"]["cached_tokens"] > 0
+        await until(lambda: metrics.predictions.value == 2)
+        assert metrics.predicted_cached.value == metrics.reported_cached.value > 0
+        engine.fault(kind="template", times=None)
+        await ask(messages, str(sampled_id()))
+        await until(lambda: replica().trust is Trust.APPROXIMATE)
+        assert "part at token 0" in replica().trust_reason
+        engine.repair()
+        await until(lambda: replica().trust is Trust.EXACT)

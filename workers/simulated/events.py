@@ -81,9 +81,10 @@ class KVEventPublisher:
             self._pub.send_multipart((self._topic, number.to_bytes(8, "big"), payload))
 
     async def serve_replay(self) -> None:
-        """Answer replay requests until cancelled."""
+        """Answer replay requests until cancelled; there is a replay endpoint."""
         router = self._router
-        while router is not None:
+        assert router is not None
+        while True:
             frames = await router.recv_multipart()
             if len(frames) != 3:
                 continue

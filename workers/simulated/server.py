@@ -460,7 +460,7 @@ async def serve(chosen: options.Options) -> None:
         )
     )
     background = [asyncio.create_task(server.live.run(), name="engine")]
-    if server.publisher is not None:
+    if server.publisher is not None and server.publisher.config.replay_endpoint is not None:
         background.append(start_replay(server.publisher))
 
     async def stop() -> None:

@@ -1,0 +1,252 @@
+"""The feed against a publisher on real ZMQ sockets that loses, repeats and starts anew what a test says."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+import msgspec
+import pytest
+import zmq
+import zmq.asyncio
+from router_wire import until
+
+from router import kv_feed
+from router.core.blocks import Prompt, block_keys
+from router.core.fleet import Fleet, Replica, Trust
+from router.core.trust import Doubt
+from router.kv_feed import KVFeed
+from router.metrics import Metrics
+
+BLOCK = 4
+END = (-1).to_bytes(8, "big", signed=True)
+
+
+def ids(number):
+    """The tokens of the block that batch `number` stores."""
+    return [1000 + number] * BLOCK
+
+
+def batch(number, ts):
+    event = {
+        "type": "BlockStored",
+        "block_hashes": [7 + number],
+        "token_ids": ids(number),
+        "block_size": BLOCK,
+    }
+    return msgspec.msgpack.encode([ts, [{**event, "parent_block_hash": None, "medium": "GPU"}], 0])
+
+
+class Publisher:
+    """An engine's events. `kept`: what a replay gives, by number; `ends`: whether it says that it ends."""
+
+    def __init__(self):
+        self.kept: dict[int, bytes] = {}
+        self.ends = True
+        self.asked: list[int] = []
+        self._context = zmq.asyncio.Context()
+        self._live, self._replay = self._context.socket(zmq.XPUB), self._context.socket(zmq.ROUTER)
+        self.ports = [socket.bind_to_random_port("tcp://127.0.0.1") for socket in (self._live, self._replay)]
+        self._serving = asyncio.create_task(self._serve())
+
+    @property
+    def replica(self):
+        events, replay = (f"tcp://127.0.0.1:{port}" for port in self.ports)
+        return Replica("r", "http://r", ("m",), block_size=BLOCK, kv_events=events, kv_replay=replay)
+
+    async def subscribed(self):
+        assert await asyncio.wait_for(self._live.recv(), 10) == b"\x01"
+
+    async def say(self, number, ts=None, live=True, kept=True):
+        payload = batch(number, number if ts is None else ts)
+        if kept:
+            self.kept[number] = payload
+        if live:
+            await self.send(number, payload)
+
+    async def send(self, number, payload):
+        await self._live.send_multipart([b"kv", number.to_bytes(8, "big"), payload])
+
+    async def _serve(self):
+        while True:
+            client, _, start = await self._replay.recv_multipart()
+            self.asked.append(int.from_bytes(start, "big"))
+            for number in sorted(n for n in self.kept if n >= self.asked[-1]):
+                frames = [client, b"", b"kv", number.to_bytes(8, "big"), self.kept[number]]
+                await self._replay.send_multipart(frames)
+            if self.ends:
+                await self._replay.send_multipart([client, b"", b"", END, b""])
+
+    async def stop(self):
+        self._serving.cancel()
+        await asyncio.gather(self._serving, return_exceptions=True)
+        self._context.destroy(linger=0)
+
+
+class Listener:
+    """Notes what it is told."""
+
+    def __init__(self):
+        self.told: list[object] = []
+
+    def restarted(self, replica_id):
+        self.told.append("restarted")
+
+    def doubted(self, replica_id, kind, reason):
+        self.told.append((kind, reason))
+
+    def removed(self, replica_id, keys):
+        self.told.append(keys)
+
+
+class Scene:
+    def __init__(self):
+        self.publisher, self.listener, self.fleet = Publisher(), Listener(), Fleet()
+        self.fleet.joined(self.publisher.replica, 0.0)
+        self.fleet.trusted("r", Trust.EXACT, "proven", BLOCK)
+        self.feed = KVFeed(self.fleet, Metrics(), self.listener)
+        self.feed.start()
+
+    def knows(self, number):
+        """Whether the block of a batch is in the index."""
+        prompt = Prompt.of_keys(2 * BLOCK, block_keys(packed(ids(number)), BLOCK), BLOCK)
+        return "r" in self.fleet.view("m", prompt=prompt).cached
+
+    async def follow(self):
+        self.feed.follow(self.publisher.replica)
+        await self.publisher.subscribed()
+        await until(lambda: bool(self.publisher.asked))
+
+
+def packed(token_ids):
+    return b"".join(token.to_bytes(4, "little") for token in token_ids)
+
+
+@contextlib.asynccontextmanager
+async def scene():
+    it = Scene()
+    try:
+        yield it
+    finally:
+        await it.feed.stop()
+        await it.publisher.stop()
+
+
+async def test_what_is_live_reaches_the_index():
+    async with scene() as it:
+        await it.follow()
+        await it.publisher.say(0)
+        await until(lambda: it.knows(0))
+        assert it.listener.told == []
+
+
+async def test_who_comes_late_learns_what_was_before():
+    async with scene() as it:
+        for number in range(300):
+            await it.publisher.say(number)
+        await it.follow()
+        await until(lambda: all(it.knows(number) for number in range(300)))
+        await it.publisher.say(300)
+        await until(lambda: it.knows(300))
+        assert it.listener.told == []
+
+
+async def test_a_gap_is_replayed():
+    async with scene() as it:
+        await it.follow()
+        await it.publisher.say(0)
+        await it.publisher.say(1, live=False)
+        await it.publisher.say(2)
+        await until(lambda: it.knows(2))
+        assert it.knows(0)
+        assert it.knows(1)
+        assert it.listener.told == []
+        assert it.publisher.asked[-1] == 1
+
+
+async def test_what_is_lost_costs_what_was_known_and_the_rest_goes_on():
+    async with scene() as it:
+        await it.follow()
+        await it.publisher.say(0)
+        await until(lambda: it.knows(0))
+        await it.publisher.say(3)
+        await until(lambda: it.knows(3))
+        assert not it.knows(0)
+        assert it.listener.told == [(Doubt.EVENTS_LOST, "its KV events 1 to 2 are lost")]
+        await it.publisher.say(4)
+        await until(lambda: it.knows(4))
+        assert it.knows(3)
+        assert len(it.listener.told) == 1
+
+
+async def test_a_buffer_with_a_hole_is_asked_again_before_that_is_believed():
+    async with scene() as it:
+        for number in (0, 1, 4, 5):
+            await it.publisher.say(number)
+        await it.follow()
+        await until(lambda: it.knows(5))
+        assert it.publisher.asked == [0, 2]
+        assert (it.knows(1), it.knows(4)) == (False, True)
+        assert it.listener.told == [(Doubt.EVENTS_LOST, "its KV events 2 to 3 are lost")]
+
+
+async def test_a_replay_without_its_end_is_enough(monkeypatch):
+    monkeypatch.setattr(kv_feed, "REPLAY_QUIET_S", 0.1)
+    async with scene() as it:
+        it.publisher.ends = False
+        await it.publisher.say(0)
+        await it.follow()
+        await until(lambda: it.publisher.asked == [0, 1])
+        await it.publisher.say(1)
+        await until(lambda: it.knows(1))
+        assert it.knows(0)
+        assert it.listener.told == []
+
+
+async def test_an_engine_that_starts_anew_has_an_empty_cache():
+    async with scene() as it:
+        await it.follow()
+        for number in range(5):
+            await it.publisher.say(number)
+        await until(lambda: it.knows(4))
+        it.publisher.kept.clear()
+        await it.publisher.say(0, ts=100, live=False)
+        await it.publisher.say(1, ts=101)
+        await until(lambda: it.listener.told == ["restarted"])
+        await until(lambda: it.knows(1))
+        assert it.knows(0)
+        assert not it.knows(4)
+
+
+async def test_what_comes_twice_changes_nothing():
+    async with scene() as it:
+        await it.follow()
+        for number in (0, 1, 0, 1, 2):
+            await it.publisher.say(number)
+        await until(lambda: it.knows(2))
+        assert it.knows(0)
+        assert it.listener.told == []
+
+
+@pytest.mark.parametrize(
+    "payload", [b"", b"\xff", msgspec.msgpack.encode([1.0, [{"type": "BlockStored"}], 0])]
+)
+async def test_what_cannot_be_read_is_told_and_got_over(payload, monkeypatch):
+    monkeypatch.setattr(kv_feed, "RETRY_S", 0.01)
+    async with scene() as it:
+        await it.follow()
+        await it.publisher.send(0, payload)
+        await until(lambda: len(it.listener.told) == 1)
+        ((kind, reason),) = it.listener.told
+        assert kind is Doubt.EVENTS_LOST
+        assert "cannot be read" in reason
+        await it.publisher.say(0, live=False)
+        await it.publisher.say(1)
+        await until(lambda: it.knows(1))
+
+
+async def test_a_replica_that_left_is_not_listened_to():
+    async with scene() as it:
+        await it.follow()
+        it.feed.drop("r")
+        assert await asyncio.wait_for(it.publisher._live.recv(), 10) == b"\x00"
