@@ -39,8 +39,8 @@ POLICY = "kv_aware"
 PEERS_POLICY = "cache_aware"
 OUTPUT_TOKENS = 3
 GROUPS = 16
-# A step takes 1 ms, so that each token of a stream is an event of its own. Prefill is 20 times as fast as that
-# of the preset 8b-h100: 23 ms for 32 KB, little, yet a reason to send a prompt where it is cached.
+# A step takes 1 ms, so that each token of a stream is an event of its own. Prefill is 20 times as fast as
+# that of the preset 8b-h100: 23 ms for 32 KB, little, yet a reason to send a prompt where it is cached.
 ENGINE_ARGS = {
     "step-time": "0.001,1.6e-6,0,0",
     "max-num-batched-tokens": 131_072,
@@ -263,8 +263,8 @@ def report(found: Sequence[Measured], measured_on: str) -> str:
     parts.append(
         f"`{DIRECT}`: no router; its CPU and memory are those of the engines. *Of Herd's*: a router's CPU by "
         "Herd's in the same round. *Added TTFT*: of one request at a time (small: until the whole reply), "
-        f"beyond `{DIRECT}` in the same round. *Cached*: prompt tokens that engines had in cache. Herd follows "
-        f"their KV events: each block of {BLOCK_SIZE} tokens that they compute, and each that goes for it."
+        f"beyond `{DIRECT}` in the same round. *Cached*: prompt tokens that engines had in cache. Herd "
+        f"follows their KV events: each block of {BLOCK_SIZE} tokens that they compute, and each that goes for it."
     )
     return "\n\n".join(parts)
 

@@ -18,7 +18,7 @@ import zmq
 import zmq.asyncio
 
 from router.core.fleet import Fleet, Replica
-from router.core.kv_events import KVEventBatch, decode_batch
+from router.core.kv_events import KVEventBatch, decode_batch, joined
 from router.core.trust import Doubt
 from router.metrics import Metrics
 
@@ -195,7 +195,7 @@ class KVFeed:
     def _take(self, feed: Feed, batch: KVEventBatch) -> None:
         """The batch that is due."""
         replica_id, left = feed.replica.id, list[int]()
-        for event in batch.events:
+        for event in joined(batch.events):
             left += self._fleet.apply(replica_id, event)
         feed.place.due += 1
         feed.place.ts = batch.ts
