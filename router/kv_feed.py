@@ -2,6 +2,8 @@
 
 An engine numbers its batches from 0, publishes each once and keeps the last ones for replay. So what was
 missed is asked for again; where it cannot be had any more, the replica's cache is unknown and learnt anew.
+Another engine at the same place numbers from 0 as well: what is asked for begins with the batch that was
+taken last, and who has another one there, or none, is another engine.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import zmq
 import zmq.asyncio
 
 from router.core.fleet import Fleet, Replica
-from router.core.kv_events import KVEventBatch, decode_batch, joined
+from router.core.kv_events import decode_batch, joined
 from router.core.trust import Doubt
 from router.metrics import Metrics
 
@@ -30,9 +32,8 @@ HWM = 100_000
 REPLAY_QUIET_S = 1.0
 # Streams wait for the loop as well: after so many seconds of events, others have their turn.
 TURN_S = 0.002
-# After what no engine should send, it is not asked again at once.
-RETRY_S = 1.0
 
+END = (-1).to_bytes(8, "big", signed=True)  # the number that ends a replay
 HYBRID = "its model has several groups of KV cache, of which one is followed"
 
 
@@ -48,19 +49,26 @@ class Listener(Protocol):
 
 @dataclass(slots=True)
 class Place:
-    """How far an engine's batches were taken in. `due`: the number of the next one."""
+    """How far an engine's batches were taken in.
+
+    `due`: the number of the next one. `last`: the one before it, if that was taken. `ts`: when the last one
+    taken was made, by the engine's clock.
+    """
 
     due: int = 0
-    ts: float = 0.0  # of the last batch, by the engine's clock
+    last: bytes | None = None
+    ts: float = 0.0
 
 
 @dataclass(slots=True, eq=False)
 class Feed:
-    """The events of one replica."""
+    """The events of one replica. `taking`: a replay and what is live do not mix."""
 
     replica: Replica
     place: Place = field(default_factory=Place)
+    taking: asyncio.Lock = field(default_factory=asyncio.Lock)
     hybrid: bool = False
+    unkeyed: int = 0
 
 
 class Turns:
@@ -111,33 +119,44 @@ class KVFeed:
         self._context.destroy(linger=0)
 
     async def _follow(self, feed: Feed) -> None:
-        """Subscribed first, so that nothing falls between the replay and what is live."""
         assert feed.replica.kv_events is not None
-        with self._context.socket(zmq.SUB) as live:
+        with (
+            self._context.socket(zmq.SUB) as live,
+            live.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED) as connections,
+        ):
             live.set_hwm(HWM)
             live.subscribe(b"")
             live.connect(feed.replica.kv_events)
-            while True:
-                try:
-                    await self._replay(feed)
-                    await self._live(feed, live)
-                except (msgspec.DecodeError, ValueError) as error:
-                    self._lost(feed, f"a batch of its KV events cannot be read: {error}")
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._connected(feed, connections))
+                group.create_task(self._live(feed, live))
+
+    async def _connected(self, feed: Feed, connections: zmq.asyncio.Socket) -> None:
+        """Subscribed first, then asked, so that nothing falls between; and so again after each break."""
+        while True:
+            await connections.recv_multipart()
+            async with feed.taking:
+                if feed.place.due and feed.replica.kv_replay is None:
+                    self._lost(feed, "the connection to its KV events broke")
                     feed.place = Place()
-                    await asyncio.sleep(RETRY_S)
+                await self._replay(feed)
 
     async def _live(self, feed: Feed, live: zmq.asyncio.Socket) -> None:
-        """Batches as they come. Raises DecodeError, or ValueError for what is no batch."""
+        """Batches as they come."""
         turns = Turns()
         while True:
-            _, number, payload = await live.recv_multipart()
-            await self._heard(feed, int.from_bytes(number, "big"), decode_batch(payload))
+            frames = await live.recv_multipart()
+            if len(frames) == 3:
+                async with feed.taking:
+                    await self._heard(feed, int.from_bytes(frames[1], "big"), frames[2])
+            else:
+                self._lost(feed, f"what it publishes has {len(frames)} parts; a batch of KV events has 3")
             await turns.share()
 
-    async def _heard(self, feed: Feed, number: int, batch: KVEventBatch) -> None:
+    async def _heard(self, feed: Feed, number: int, payload: bytes) -> None:
         """A live batch: the one that is due, or one of before, or of another engine, or behind a gap."""
         place = feed.place
-        if number < place.due and batch.ts > place.ts:
+        if number < place.due and _made_at(payload) > place.ts:
             self._restarted(feed)
         if number > place.due:
             if place.due:
@@ -146,17 +165,18 @@ class KVFeed:
         if number > place.due:
             self._skip(feed, number)
         if number == place.due:
-            self._take(feed, batch)
+            self._take(feed, payload)
 
     async def _replay(self, feed: Feed) -> None:
         """Takes what the engine still has from the batch that is due on.
 
         It is asked again from where its answer had a hole or stopped without its end, as vLLM 0.32's may.
         """
-        while True:
+        while feed.replica.kv_replay is not None:
             asked = feed.place.due
+            start = asked if feed.place.last is None else asked - 1
             try:
-                async with aclosing(self._replayed(feed.replica, asked)) as batches:
+                async with aclosing(self._replayed(feed.replica.kv_replay, start)) as batches:
                     whole = await self._take_replayed(feed, batches)
             except TimeoutError:
                 whole = feed.place.due == asked
@@ -164,56 +184,78 @@ class KVFeed:
                 return
 
     async def _take_replayed(self, feed: Feed, batches: AsyncIterator[tuple[int, bytes]]) -> bool:
-        """False at a hole. What is missing at the very beginning is lost: just that was asked for."""
-        turns, asked = Turns(), feed.place.due
-        async for number, payload in batches:
-            if number > feed.place.due != asked:
-                return False
-            if number > feed.place.due:
-                self._skip(feed, number)
-            if number == feed.place.due:
-                self._take(feed, decode_batch(payload))
-            await turns.share()
-        return True
+        """False where it has to be asked again: at a hole, or when it is another engine.
 
-    async def _replayed(self, replica: Replica, start: int) -> AsyncGenerator[tuple[int, bytes], None]:
+        What is missing at the very beginning is lost: just that was asked for.
+        """
+        place, turns, asked, last = feed.place, Turns(), feed.place.due, feed.place.last
+        async for number, payload in batches:
+            if last is not None and number < asked and payload != last:
+                break
+            last = None
+            if number > place.due != asked:
+                return False
+            if number > place.due:
+                self._skip(feed, number)
+            if number == place.due:
+                self._take(feed, payload)
+            await turns.share()
+        if last is not None:
+            self._restarted(feed)
+        return last is None
+
+    async def _replayed(self, endpoint: str, start: int) -> AsyncGenerator[tuple[int, bytes], None]:
         """Batches from number `start` on to the last one. Raises TimeoutError where nothing more comes."""
-        if replica.kv_replay is None:
-            return
         with self._context.socket(zmq.DEALER) as asked:
             asked.set_hwm(0)  # vLLM drops what does not fit
             asked.linger = 0
-            asked.connect(replica.kv_replay)
+            asked.connect(endpoint)
             await asked.send_multipart([b"", start.to_bytes(8, "big")])
             while True:
                 async with asyncio.timeout(REPLAY_QUIET_S):
-                    *_, number, payload = await asked.recv_multipart()
-                if not payload:
+                    frames = await asked.recv_multipart()
+                if len(frames) != 4 or frames[2] == END:
                     return
-                yield int.from_bytes(number, "big"), payload
+                yield int.from_bytes(frames[2], "big"), frames[3]
 
-    def _take(self, feed: Feed, batch: KVEventBatch) -> None:
+    def _take(self, feed: Feed, payload: bytes) -> None:
         """The batch that is due."""
+        place = feed.place
+        place.due, place.last = place.due + 1, payload
+        try:
+            batch = decode_batch(payload)
+        except msgspec.DecodeError as error:
+            self._lost(feed, f"a batch of its KV events cannot be read: {error}")
+            return
+        place.ts = batch.ts
         replica_id, left = feed.replica.id, list[int]()
         for event in joined(batch.events):
             left += self._fleet.apply(replica_id, event)
-        feed.place.due += 1
-        feed.place.ts = batch.ts
         if left:
             self._listener.removed(replica_id, left)
-        if not feed.hybrid and self._fleet.is_hybrid(replica_id):
+        self._look(feed)
+
+    def _look(self, feed: Feed) -> None:
+        """What the index could not make of the events."""
+        unkeyed = self._fleet.unkeyed(feed.replica.id)
+        if unkeyed != feed.unkeyed:
+            # After a cache was forgotten it counts from 0.
+            new = unkeyed - feed.unkeyed if unkeyed > feed.unkeyed else unkeyed
+            self._metrics.of(feed.replica.models[0]).blocks_unkeyed.inc(new)
+            feed.unkeyed = unkeyed
+        if not feed.hybrid and self._fleet.is_hybrid(feed.replica.id):
             feed.hybrid = True
-            self._listener.doubted(replica_id, Doubt.HYBRID, HYBRID)
+            self._listener.doubted(feed.replica.id, Doubt.HYBRID, HYBRID)
 
     def _skip(self, feed: Feed, number: int) -> None:
         """What lies between cannot be had any more: what is known begins with this batch."""
         first, last = feed.place.due, number - 1
         self._lost(feed, f"its KV events {first} to {last} are lost")
-        feed.place.due = number
+        feed.place.due, feed.place.last = number, None
 
     def _restarted(self, feed: Feed) -> None:
         """Its numbers begin anew: another engine, with an empty cache."""
-        feed.place.due = 0
+        feed.place.due, feed.place.last = 0, None
         self._fleet.forget(feed.replica.id)
         self._listener.restarted(feed.replica.id)
 
@@ -222,3 +264,11 @@ class KVFeed:
         self._metrics.of(feed.replica.models[0]).events_lost.inc()
         self._fleet.forget(feed.replica.id)
         self._listener.doubted(feed.replica.id, Doubt.EVENTS_LOST, reason)
+
+
+def _made_at(payload: bytes) -> float:
+    """When a batch was made, by the engine's clock; 0 if it cannot be read."""
+    try:
+        return decode_batch(payload).ts
+    except msgspec.DecodeError:
+        return 0.0

@@ -45,6 +45,11 @@ COUNTERS = (
     ("replica_failures", "replica_failures", "Times a replica was taken out of traffic."),
     ("event_gaps", "kv_event_gaps", "Times that KV events were missing, and asked for again."),
     ("events_lost", "kv_events_lost", "Times that KV events were lost, and what a cache holds with them."),
+    (
+        "blocks_unkeyed",
+        "kv_blocks_unkeyed",
+        "Blocks of KV events that follow an unknown one, or came without tokens, and are not known.",
+    ),
     ("predictions", "predictions", "Predictions of cached tokens that an engine's report was compared with."),
     ("predicted_cached", "predicted_cached_tokens", "Prompt tokens predicted to be cached, of these."),
     ("reported_cached", "reported_cached_tokens", "Prompt tokens reported to be cached, of these."),
@@ -87,6 +92,7 @@ class ModelMetrics:
     replica_failures: Counter
     event_gaps: Counter
     events_lost: Counter
+    blocks_unkeyed: Counter
     predictions: Counter
     predicted_cached: Counter
     reported_cached: Counter

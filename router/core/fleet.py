@@ -363,6 +363,14 @@ class Fleet:
         standing = self._standings.get(replica_id)
         return standing is not None and len(self.index.source(standing.bit).groups) > 1
 
+    def unkeyed(self, replica_id: str) -> int:
+        """How many blocks of its events the index could not take in since it was last forgotten."""
+        standing = self._standings.get(replica_id)
+        if standing is None:
+            return 0
+        source = self.index.source(standing.bit)
+        return source.orphans + source.unkeyed
+
     # -- requests
 
     def started(

@@ -276,7 +276,7 @@ async def test_what_is_under_way_ends_with_the_replica(engine):
         it.parity.sampled(b"%d" % it.asked, request(CHAT, {"model": MODEL, "messages": []}), "r", b"")
         it.parity.left("r")
         it.fleet.left("r")
-        await until(lambda: len(asyncio.all_tasks()) == 2)  # this test, and its feed
+        await until(lambda: len(asyncio.all_tasks()) == 4)  # this test, and three of its feed
         it.parity.restarted("r")
         it.parity.doubted("r", Doubt.EVENTS_LOST, "late news")
         engine.repair()
