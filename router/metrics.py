@@ -179,7 +179,7 @@ class Metrics:
         for standing in fleet:
             labels = (standing.replica.models[0], standing.id)
             self._in_flight.labels(*labels).set(standing.in_flight)
-            for trust in Trust:
+            for trust in Trust if standing.judged else ():
                 self._trust.labels(*labels, trust).set(trust is standing.trust)
             self._backlog.labels(*labels).set(standing.backlog_s(now))
             self._factors.labels(*labels, "prefill").set(standing.steps.prefill.value)

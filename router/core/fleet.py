@@ -102,6 +102,7 @@ class Standing:
     """How a replica stands at this moment; policies read it, only the Fleet writes it.
 
     `bit`: its place in the KV index. `key_blocks`: how many tokens one of its keys covers; 0 for text keys.
+    `judged`: its trust was looked into, which a router does only for those whose caches it is to know.
     `takes_ids`: its engine renders and tokenises as the router does, so the router's token ids may be sent.
     `elsewhere`: what the other routers have there.
     """
@@ -119,6 +120,7 @@ class Standing:
     trust_reason: str = "nothing is known of its cache yet"
     key_blocks: int = 0
     takes_ids: bool = False
+    judged: bool = False
     elsewhere: Load = NO_LOAD
     prefills: dict[int, Flight] = field(default_factory=dict)  # in order of their start
     prefill_s: float = 0.0  # of all of them
@@ -329,6 +331,7 @@ class Fleet:
         standing = self._standings[replica_id]
         standing.trust, standing.trust_reason = trust, reason
         standing.key_blocks, standing.takes_ids = key_blocks, takes_ids
+        standing.judged = True
 
     def apply(self, replica_id: str, event: KVEvent) -> Keys:
         """What a replica's cache gained or lost. Returns the keys of the blocks that left."""

@@ -7,7 +7,7 @@ import contextlib
 import json
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import NamedTuple
 
@@ -195,11 +195,14 @@ async def test_a_newcomer_is_proven_and_its_cache_known(engine):
         # Now and then a request comes before the events of the one before it.
         assert metrics.predicted_cached.value == pytest.approx(metrics.reported_cached.value, rel=0.05)
         assert it.misses.keys() <= {Cause.LATE}
+        it.fleet.joined(replace(it.standing.replica, id="foreign"), it.now)
         it.metrics.observe(it.fleet, (), it.now)
         told = generate_latest(it.metrics.registry).decode().splitlines()
         of = f'model="{MODEL}",replica="r"'
         assert f'herd_replica_trust{{{of},state="exact"}} 1.0' in told
         assert f'herd_replica_trust{{{of},state="load"}} 0.0' in told
+        # Of one that nobody looked into nothing is said: an alert would never end.
+        assert not [line for line in told if "herd_replica_trust" in line and "foreign" in line]
         assert f'herd_trust_changes_total{{model="{MODEL}",reason="proven",to="exact"}} 1.0' in told
         assert (
             f'herd_trust_changes_total{{model="{MODEL}",reason="tokens_differ",to="approximate"}} 0.0' in told
