@@ -300,11 +300,9 @@ def test_a_port_that_another_has_is_refused_in_one_sentence(start: Start, engine
 def test_port_zero_is_one_port_for_all(start: Start, engine: str) -> None:
     ports = ("--host", "127.0.0.1", "--port", "0", "--admin-port", "0", "--processes", "2")
     parent = start(*HERD, "route", *ports, "--worker-urls", engine)
-    line = eventually(lambda: parent.output.strip(), REPLACED_S)
-    told = re.fullmatch(
-        r"Routing to 1 engines on port (\d+) in 2 processes; metrics and state: (\d+), (\d+)\.", line
-    )
-    assert told is not None, line
+    said = r"^Routing to 1 engines on port (\d+) in 2 processes; metrics and state: (\d+), (\d+)\.$"
+    told = eventually(lambda: re.search(said, parent.output, re.MULTILINE), REPLACED_S)
+    assert told is not None
     assert [member.admin_port for member in Port(int(told[1])).members()] == [int(told[2]), int(told[3])]
 
 
