@@ -264,7 +264,8 @@ def report(found: Sequence[Measured], measured_on: str) -> str:
         f"`{DIRECT}`: no router; its CPU and memory are those of the engines. *Of Herd's*: a router's CPU by "
         "Herd's in the same round. *Added TTFT*: of one request at a time (small: until the whole reply), "
         f"beyond `{DIRECT}` in the same round. *Cached*: prompt tokens that engines had in cache. Herd "
-        f"follows their KV events: each block of {BLOCK_SIZE} tokens that they compute, and each that goes for it."
+        f"follows their KV events: each block of {BLOCK_SIZE} tokens that they compute, and each that goes "
+        "for it."
     )
     return "\n\n".join(parts)
 
