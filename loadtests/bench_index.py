@@ -18,7 +18,7 @@ import msgspec
 from loadtests.report import table
 from router.core.blocks import Prompt
 from router.core.fleet import Fleet, Replica, Trust
-from router.core.kv_events import decode_batch
+from router.core.kv_events import decode_batch, joined
 from router.core.placement import kv_aware
 
 BLOCK = 16
@@ -103,7 +103,7 @@ def taken_in_s(batches: list[tuple[bytes, int]]) -> float:
     fleet = fleet_of(1)
     began = time.process_time()
     for payload, _ in batches:
-        for event in decode_batch(payload).events:
+        for event in joined(decode_batch(payload).events):
             fleet.apply("r0", event)
     return time.process_time() - began
 

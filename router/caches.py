@@ -21,7 +21,7 @@ class Caches:
         self._fleet = fleet
         self._wanted = POLICIES[config.policy] in PROMPTED
         self.tokenizers = Tokenizers(config.tokenizers if self._wanted else {})
-        self.parity = Parity(fleet, metrics, self.tokenizers)
+        self.parity = Parity(fleet, metrics, self.tokenizers, self.joined)
         self._feed = KVFeed(fleet, metrics, self.parity)
 
     async def start(self) -> None:

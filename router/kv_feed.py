@@ -20,7 +20,7 @@ import zmq
 import zmq.asyncio
 
 from router.core.fleet import Fleet, Replica
-from router.core.kv_events import decode_batch
+from router.core.kv_events import decode_batch, joined
 from router.core.trust import Doubt
 from router.metrics import Metrics
 
@@ -229,7 +229,7 @@ class KVFeed:
             return
         place.ts = batch.ts
         replica_id, left = feed.replica.id, list[int]()
-        for event in batch.events:
+        for event in joined(batch.events):
             left += self._fleet.apply(replica_id, event)
         if left:
             self._listener.removed(replica_id, left)

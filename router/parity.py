@@ -12,7 +12,7 @@ import logging
 import re
 import secrets
 from collections import deque
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -97,12 +97,22 @@ class Subject:
 
 
 class Parity:
-    """Observes every replica. Its verbs return at once; what takes time happens in tasks of its own."""
+    """Observes every replica. Its verbs return at once; what takes time happens in tasks of its own.
 
-    def __init__(self, fleet: Fleet, metrics: Metrics, tokenizers: Tokenizers) -> None:
+    `announce` tells everybody, Parity too, that another engine answers for a replica than before.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        metrics: Metrics,
+        tokenizers: Tokenizers,
+        announce: Callable[[Replica], None],
+    ) -> None:
         self._fleet = fleet
         self._metrics = metrics
         self._tokenizers = tokenizers
+        self._announce = announce
         self._subjects: dict[str, Subject] = {}
         self._tasks: dict[str, set[asyncio.Task[object]]] = {}
         self._canaries = asyncio.Semaphore(MAX_CANARIES)
@@ -332,7 +342,7 @@ class Parity:
         replica = await learn(self._client, Endpoint(known.id, known.url, known.engine))
         if replica != known:
             self._fleet.joined(replica, self._now())
-            self._describe(subject, replica)
+            self._announce(replica)
 
     async def _compare(self, subject: Subject) -> Finding | None:
         """What a canary finds that another one may find mended; what the engine lacks is noted."""

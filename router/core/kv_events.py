@@ -7,10 +7,11 @@ The wire is msgpack: a batch is an array, an event a map whose key `type` is the
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from enum import IntEnum
+from itertools import groupby
 from types import MappingProxyType
-from typing import Annotated
+from typing import Annotated, cast
 
 import msgspec
 from xxhash import xxh3_64_intdigest
@@ -78,6 +79,21 @@ class KVEventBatch(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
 
 decode_batch = msgspec.msgpack.Decoder(KVEventBatch).decode
+
+
+def joined(events: Iterable[KVEvent]) -> Iterator[KVEvent]:
+    """The same with removals that follow each other as one: engines tell every evicted block by itself."""
+    for removal, run in groupby(events, _removal):
+        if removal is None:
+            yield from run
+        else:
+            removed = cast(Iterator[BlockRemoved], run)
+            yield BlockRemoved([block for event in removed for block in event.block_hashes], *removal)
+
+
+def _removal(event: KVEvent) -> tuple[str | None, int | None] | None:
+    """What removals must have in common to be told as one; None for other events."""
+    return (event.medium, event.group_idx) if isinstance(event, BlockRemoved) else None
 
 
 def stored_keys(event: BlockStored, parent: int | None) -> Keys:

@@ -144,7 +144,7 @@ BY_HISTORY = Bucket(1, 4, 20)
 BY_COUNTERS = Bucket(25, 50, 50)
 
 # An engine that reports nothing is judged by counters once so many requests went there.
-WINDOW = 20
+WINDOW = 16
 # How far its hit rate may be off, and what else has to be nearly nothing meanwhile.
 RATE_TOLERANCE, LITTLE = 0.25, 0.1
 

@@ -11,7 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from router.core.blocks import Prompt, block_keys, root_key
-from router.core.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, decode_batch, stored_keys
+from router.core.kv_events import (
+    AllBlocksCleared,
+    BlockRemoved,
+    BlockStored,
+    decode_batch,
+    joined,
+    stored_keys,
+)
 
 TOKENS = list(range(100, 112))
 # As vLLM 0.32 sent it for a prompt of eight tokens with a salt; fields that are left out there are here too.
@@ -111,3 +118,15 @@ def test_chains_of_other_block_sizes_have_other_keys(data: bytes, parent: int) -
 def test_the_last_token_is_never_cached(tokens: int, blocks: int) -> None:
     ids = array("I", range(tokens)).tobytes()
     assert len(Prompt(tokens, ids).keys(4)) == blocks
+
+
+def test_removals_that_follow_each_other_are_joined_and_nothing_else_is():
+    cleared, stored = AllBlocksCleared(), BlockStored([1], [1] * 4, 4)
+    events = [
+        BlockRemoved([1]), BlockRemoved([2, 3]), BlockRemoved([4], "CPU"), BlockRemoved([5], "CPU", 1),
+        stored, stored, BlockRemoved([6]), cleared,
+    ]  # fmt: skip
+    assert list(joined(events)) == [
+        BlockRemoved([1, 2, 3]), BlockRemoved([4], "CPU"), BlockRemoved([5], "CPU", 1),
+        stored, stored, BlockRemoved([6]), cleared,
+    ]  # fmt: skip

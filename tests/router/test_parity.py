@@ -45,20 +45,19 @@ class Engine:
 
     start: Start
     ports: int
-    flags: tuple[str, ...] = ()
 
     @property
     def url(self):
         return f"http://127.0.0.1:{self.ports}"
 
-    def run(self, *flags: str, events: bool = True, reports: bool = True, replay: bool = True) -> Running:
+    def run(self, *flags: str, events: int | None = 1, reports: bool = True, replay: bool = True) -> Running:
         argv = ["--port", str(self.ports), "--speed", "1000", "--served-model-name", MODEL, *flags]
         if reports:
             argv += ["--enable-prompt-tokens-details"]
-        if events:
-            config = {"enable_kv_cache_events": True, "endpoint": f"tcp://*:{self.ports + 1}"}
+        if events is not None:
+            config = {"enable_kv_cache_events": True, "endpoint": f"tcp://*:{self.ports + events}"}
             if replay:
-                config["replay_endpoint"] = f"tcp://*:{self.ports + 2}"
+                config["replay_endpoint"] = f"tcp://*:{self.ports + 4}"
             argv += ["--kv-events-config", json.dumps(config)]
         self.running = self.start(sys.executable, "-m", "workers.simulated", *argv)
         eventually(lambda: self.get("/health").status_code == 200, 30, httpx.TransportError)
@@ -87,7 +86,7 @@ class Bench:
         self.engine = engine
         self.fleet, self.metrics = Fleet(), Metrics()
         self.tokenizers = Tokenizers(tokenizers)
-        self.parity = Parity(self.fleet, self.metrics, self.tokenizers)
+        self.parity = Parity(self.fleet, self.metrics, self.tokenizers, self.announce)
         self.feed = KVFeed(self.fleet, self.metrics, self.parity)
         self.asked = 0
         self.begun = []
@@ -97,10 +96,13 @@ class Bench:
         await self.parity.start()
         self.tokenizers.start()
         replica = await learn(self.client, Endpoint("r", self.engine.url))
-        self.tokenizers.follow(replica)
         self.fleet.joined(replica, self.now)
-        self.parity.joined(replica)
         self.feed.start()
+        self.announce(replica)
+
+    def announce(self, replica):
+        self.tokenizers.follow(replica)
+        self.parity.joined(replica)
         self.feed.follow(replica)
 
     async def leave(self):
@@ -152,7 +154,7 @@ class Bench:
 
 @pytest.fixture
 def engine(start):
-    return Engine(start, free_ports(3))
+    return Engine(start, free_ports(5))
 
 
 @contextlib.asynccontextmanager
@@ -205,11 +207,21 @@ async def test_a_newcomer_is_proven_and_its_cache_known(engine):
         assert it.trust is Trust.EXACT
 
 
+async def test_a_cache_under_pressure_costs_no_trust(engine):
+    engine.run("--num-gpu-blocks-override", "128", "--speed", "50")
+    async with bench(engine) as it:
+        await exact(it)
+        await asyncio.gather(*(converse(it, 30) for _ in range(8)))
+        await until(lambda: it.misses.get(Cause.EVICTED, 0) > 0)
+        assert Cause.UNEXPLAINED not in it.misses
+        assert (it.trust, it.demotions) == (Trust.EXACT, 0)
+
+
 @pytest.mark.parametrize(
     ("events", "flags", "trust", "reason"),
     [
-        (False, (), Trust.APPROXIMATE, "its engine publishes no KV events"),
-        (True, ("--no-enable-prefix-caching",), Trust.LOAD, "its engine runs without prefix caching"),
+        (None, (), Trust.APPROXIMATE, "its engine publishes no KV events"),
+        (1, ("--no-enable-prefix-caching",), Trust.LOAD, "its engine runs without prefix caching"),
     ],
 )
 async def test_what_an_engine_lacks_lowers_the_trust_and_not_the_service(
@@ -419,6 +431,19 @@ async def test_another_block_size_after_a_restart(engine):
         await until(lambda: it.demotions > 0)
         await exact(it)
         assert it.standing.key_blocks == 32
+
+
+async def test_an_engine_restarted_with_its_events_elsewhere(engine):
+    engine.run()
+    async with bench(engine) as it:
+        await exact(it)
+        await converse(it, 20)
+        engine.running.kill()
+        engine.run(events=2)
+        await converse(it, 50)
+        await until(lambda: it.demotions > 0)
+        await exact(it)
+        assert it.standing.replica.kv_events.endswith(f":{engine.ports + 2}")
 
 
 async def test_an_engine_restarted_with_an_empty_cache(engine):

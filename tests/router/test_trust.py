@@ -314,7 +314,7 @@ def test_history_that_is_true_half_of_the_time_is_kept():
 
 
 def window(**differs):
-    usual = {"requests": 20, "predicted": 500, "prompts": 1000, "hits": 480, "queries": 1000, "removed": 0}
+    usual = {"requests": 16, "predicted": 500, "prompts": 1000, "hits": 480, "queries": 1000, "removed": 0}
     return Window(**{**usual, **differs})
 
 
