@@ -17,6 +17,7 @@ from workers.vllm_engine import VllmNotFoundError
 MODEL = "bench"
 # vLLM on a CPU that others use too.
 STARTUP_S = 300.0
+LOG_CHARACTERS = 2000
 
 
 @contextlib.asynccontextmanager
@@ -38,6 +39,11 @@ async def running(
         try:
             await _start(engine, [Path(folder) / f"log-{number}" for number in range(count)], started)
             yield started
+        except Exception as error:
+            if dead := [process for process in started if not process.alive()]:
+                told = dead[0].log_tail()[-LOG_CHARACTERS:]
+                raise BenchFailed(f"an engine ended ({error!r}). Its log ends:\n{told}") from error
+            raise
         finally:
             for process in started:
                 await process.kill()

@@ -109,7 +109,7 @@ def test_what_other_routers_are_told_is_what_this_one_has_there_now(fleet):
     second = fleet.started("r0", 0.0, prompt_of(8000))
     own = [flight.forecast.prefill_s for flight in (first, second)]
     fleet.elsewhere("r0", Load(5, 5.0, 5, 5))
-    recent = pytest.approx(sum(own), rel=0.01)
+    recent = pytest.approx(sum(own), rel=0.02)
     assert fleet.loads(0.1) == {"r0": Load(2, pytest.approx(sum(own) - 0.1), 0, 0, recent)}
     fleet.first_token(first, now=0.3)
     assert fleet.loads(0.3) == {"r0": Load(2, pytest.approx(own[1]), 1, 8000, recent)}
@@ -194,7 +194,7 @@ def test_a_replica_that_prefilled_much_lately_is_busy(fleet):
     assert standing.busy(0.0) == 0
     for n in range(30):
         fleet.first_token(fleet.started("r0", float(n), prompt_of(8000)), now=n + 0.5)
-    assert 0.1 < standing.busy(30.0) < 0.3
+    assert 0.1 < standing.busy(30.0) < 0.4
     assert standing.busy(300.0) < 0.01
     quiet, busy = (fleet.get(id).forecast(100, Cached(), 30.0) for id in ("r1", "r0"))
     assert busy.pace_s > busy.step_s
