@@ -73,7 +73,7 @@ def test_ctrl_c_in_the_middle_of_the_start_leaves_nothing(start_fleet: StartFlee
 
 def test_a_model_that_is_not_there_ends_in_one_sentence(start_fleet: StartFleet, tmp_path: Path) -> None:
     fleet = start_fleet("--model", tmp_path / "nothing-here")
-    record = eventually(lambda: (r := fleet.directory.read()) and r.processes and r)
+    record = eventually(lambda: (r := fleet.directory.read()) and r.processes and r, END_S)
     assert fleet.wait(END_S * 2) == 1
     error = fleet.output.splitlines()[-1]
     assert error.startswith("Error: the simulated engine of ")
