@@ -85,8 +85,11 @@ def test_many_clients_at_once_are_served_by_both_replicas(whole: Fleet) -> None:
 
     async def all_of_them() -> list[openai.types.chat.ChatCompletion]:
         async with openai.AsyncOpenAI(base_url=f"{whole.url}/v1", api_key="none", max_retries=0) as client:
+            # Nothing in common: what they shared would draw them to one cache.
+            asked = [[{"role": "user", "content": f"{n}: what is herd {n} like? " * 40}] for n in range(8)]
             answers = (
-                client.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=8) for _ in range(8)
+                client.chat.completions.create(model=MODEL, messages=messages, max_tokens=8)
+                for messages in asked
             )
             return await asyncio.gather(*answers)
 
