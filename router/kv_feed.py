@@ -13,6 +13,8 @@ import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from itertools import count
+from time import monotonic
 from typing import Protocol
 
 import msgspec
@@ -72,17 +74,30 @@ class Feed:
 
 
 class Turns:
-    """Shares the loop: whoever takes in many batches asks after each whether others have waited."""
+    """Shares the loop: who takes in batches asks after each one whether others have waited long enough.
+
+    All feeds have one between them, so that they hold the loop no longer than one would: when a turn is over,
+    each of them has one more batch.
+    """
 
     def __init__(self) -> None:
-        self._clock = asyncio.get_running_loop().time
-        self._ends = self._clock() + TURN_S
+        # Not loop.time(), which on uvloop stands still as long as the loop is held.
+        self._ends = monotonic() + TURN_S
+        self._over = False
 
     async def share(self) -> None:
-        """Lets others have a turn once this one is over."""
-        if self._clock() > self._ends:
-            await asyncio.sleep(0)
-            self._ends = self._clock() + TURN_S
+        """Lets all else run once the turn is over."""
+        if monotonic() < self._ends:
+            return
+        if not self._over:
+            self._over = True
+            asyncio.get_running_loop().call_soon(self._begin)
+            await asyncio.sleep(0)  # who had this turn is not the first in the next
+        await asyncio.sleep(0)
+
+    def _begin(self) -> None:
+        self._over = False
+        self._ends = monotonic() + TURN_S
 
 
 class KVFeed:
@@ -97,6 +112,7 @@ class KVFeed:
     def start(self) -> None:
         """Replicas can be followed from now on."""
         self._context = zmq.asyncio.Context()
+        self._turns = Turns()
 
     def follow(self, replica: Replica) -> None:
         """A replica joined, or is back; what it held before is forgotten."""
@@ -133,17 +149,16 @@ class KVFeed:
 
     async def _connected(self, feed: Feed, connections: zmq.asyncio.Socket) -> None:
         """Subscribed first, then asked, so that nothing falls between; and so again after each break."""
-        while True:
+        for connection in count():
             await connections.recv_multipart()
             async with feed.taking:
-                if feed.place.due and feed.replica.kv_replay is None:
+                if connection and feed.replica.kv_replay is None:
                     self._lost(feed, "the connection to its KV events broke")
                     feed.place = Place()
                 await self._replay(feed)
 
     async def _live(self, feed: Feed, live: zmq.asyncio.Socket) -> None:
         """Batches as they come."""
-        turns = Turns()
         while True:
             frames = await live.recv_multipart()
             if len(frames) == 3:
@@ -151,7 +166,7 @@ class KVFeed:
                     await self._heard(feed, int.from_bytes(frames[1], "big"), frames[2])
             else:
                 self._lost(feed, f"what it publishes has {len(frames)} parts; a batch of KV events has 3")
-            await turns.share()
+            await self._turns.share()
 
     async def _heard(self, feed: Feed, number: int, payload: bytes) -> None:
         """A live batch: the one that is due, or one of before, or of another engine, or behind a gap."""
@@ -188,7 +203,7 @@ class KVFeed:
 
         What is missing at the very beginning is lost: just that was asked for.
         """
-        place, turns, asked, last = feed.place, Turns(), feed.place.due, feed.place.last
+        place, asked, last = feed.place, feed.place.due, feed.place.last
         async for number, payload in batches:
             if last is not None and number < asked and payload != last:
                 break
@@ -199,7 +214,7 @@ class KVFeed:
                 self._skip(feed, number)
             if number == place.due:
                 self._take(feed, payload)
-            await turns.share()
+            await self._turns.share()
         if last is not None:
             self._restarted(feed)
         return last is None

@@ -23,8 +23,8 @@ from router.core.step_model import StepModel
 SPILL = 1.5
 # Tokens of KV cache of an engine that does not tell: an 8B model in 16 bits on a GPU of 80 GB has 450,000.
 UNTOLD_CAPACITY = 400_000
-# What counts as lately (seconds): a few answers long, so that it tells what a stream will meet. In the twin 20
-# is better than 12, 30 and 60 on one trace or the other.
+# What counts as lately (seconds): a few answers long, so that it tells what a stream will meet. In the twin
+# 20 is better than 12, 30 and 60 on one trace or the other.
 RECENT_S = 20.0
 # A replica that seems to do nothing but prefill still decodes now and then.
 MOST_BUSY = 0.9

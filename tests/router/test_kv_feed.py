@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import Counter
 from dataclasses import replace
 
 import httpx
@@ -365,6 +366,33 @@ async def test_a_replica_that_left_is_not_listened_to():
         await it.follow()
         it.feed.drop("r")
         assert await asyncio.wait_for(it.publisher._live.recv(), 10) == b"\x00"
+
+
+async def test_feeds_together_hold_the_loop_no_longer_than_one_would(monkeypatch):
+    """Four that have a hundred batches to take in, ten of them a turn."""
+    now, log, iteration = 0.0, [], 0
+    monkeypatch.setattr(kv_feed, "monotonic", lambda: now)
+    turns = kv_feed.Turns()
+
+    async def take(feed):
+        nonlocal now
+        for _ in range(100):
+            now += kv_feed.TURN_S / 10
+            log.append((iteration, feed))
+            await turns.share()
+
+    async def others():
+        nonlocal iteration
+        while True:
+            iteration += 1
+            await asyncio.sleep(0)
+
+    waiting = asyncio.create_task(others())
+    await asyncio.gather(*map(take, range(4)))
+    waiting.cancel()
+    assert max(Counter(at for at, _ in log).values()) <= 10 + 4
+    halfway = Counter(feed for _, feed in log[:200])
+    assert max(halfway.values()) - min(halfway.values()) <= 20
 
 
 async def test_a_simulated_engine_is_followed_through_loss(start):
