@@ -1,4 +1,4 @@
-"""What engines and routers tell of a run: what they count, and Herd's decisions on the last requests."""
+"""What engines and routers tell of a run: what they count, what Herd trusts and how it decided."""
 
 from __future__ import annotations
 
@@ -34,6 +34,13 @@ async def decisions(admin: str, last: int) -> list[dict[str, Any]]:
     async with httpx.AsyncClient(trust_env=False, timeout=30) as client:
         reply = await client.get(f"{admin}/decisions", params={"last": min(last, MOST_DECISIONS)})
     return [told["attempts"][-1] for told in reply.raise_for_status().json()]
+
+
+async def untrusted(admin: str) -> list[str]:
+    """Why Herd does not know some replicas' caches exactly, a reason for each."""
+    async with httpx.AsyncClient(trust_env=False, timeout=30) as client:
+        replicas = (await client.get(f"{admin}/fleet")).raise_for_status().json()["replicas"]
+    return [replica["trust_reason"] for replica in replicas if replica["trust"] != "exact"]
 
 
 def token_ids(decided: Iterable[dict[str, Any]]) -> Counter[str]:

@@ -18,7 +18,7 @@ import click
 import httpx
 import uvloop
 
-from loadtests import contenders
+from loadtests import account, contenders
 from loadtests.contenders import DIRECT, Contender, Running
 from loadtests.cpu import pinned
 
@@ -93,6 +93,15 @@ async def ready(name: str, router: Running, model: str) -> None:
                     return
             await asyncio.sleep(0.1)
     raise BenchFailed(f"{name} does not route requests. Its log ends:\n{router.log_tail}")
+
+
+async def trusting(router: Running) -> None:
+    """Waits until Herd knows all its engines' caches exactly; raises BenchFailed with why it does not."""
+    deadline = asyncio.get_running_loop().time() + READY_S
+    while lacking := await account.untrusted(f"http://127.0.0.1:{router.admin_port}"):
+        if asyncio.get_running_loop().time() > deadline:
+            raise BenchFailed(f"Herd does not know all caches exactly: {'; '.join(lacking)}")
+        await asyncio.sleep(0.1)
 
 
 def run_bench(bench: Coroutine[Any, Any, T], cores: Cores | None = None) -> T:

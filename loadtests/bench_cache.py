@@ -21,7 +21,7 @@ import click
 import msgspec
 
 from loadtests import account, contenders, engines, generator, open_loop, prompts
-from loadtests.bench import BenchFailed, Cores, chosen, install_peers, machine, ready, run_bench
+from loadtests.bench import BenchFailed, Cores, chosen, install_peers, machine, ready, run_bench, trusting
 from loadtests.contenders import HERD, Contender, haproxy, herd, peer
 from loadtests.generator import Ask
 from loadtests.oracle import BLOCK_SIZE, Oracle
@@ -30,6 +30,7 @@ from workers import demo_model
 from workers.engine import DEMO
 
 ENGINES = 4
+EXACT = f"{HERD} kv_aware"
 GROUPS = 40
 PREFIX = 8 << 10
 # Prefixes that one engine holds: all four together hold each once, and some twice.
@@ -90,7 +91,7 @@ class Plan:
 def competitors() -> list[Contender]:
     """Herd by three policies, and its peers that are installed by their best for prefixes."""
     ours = [
-        Contender("herd kv_aware", herd("kv_aware")),
+        Contender(EXACT, herd("kv_aware")),
         Contender("herd consistent_hash", herd("consistent_hash")),
         Contender("herd least_requests", herd("least_requests")),
     ]
@@ -169,6 +170,8 @@ async def measure(
         running = stack.enter_context(contenders.running(router, urls, cores.router))
         await ready(router.name, running, engines.MODEL)
         await asyncio.sleep(SETTLE_S)
+        if router.name == EXACT:
+            await trusting(running)
         ours = router.name.startswith(HERD)
         admin = [f"http://127.0.0.1:{running.admin_port}"] if ours else []
         work = workload(round(plan.rate * plan.seconds), running.port, oracle, f"round {number}")

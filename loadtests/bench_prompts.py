@@ -24,7 +24,7 @@ import click
 import msgspec
 
 from loadtests import account, contenders, engines, generator, prompts
-from loadtests.bench import BenchFailed, Cores, chosen, install_peers, machine, ready, run_bench
+from loadtests.bench import BenchFailed, Cores, chosen, install_peers, machine, ready, run_bench, trusting
 from loadtests.contenders import DIRECT, HERD, Contender
 from loadtests.cpu import cpu_seconds, rss_bytes
 from loadtests.generator import Ask, Load, Sample
@@ -194,6 +194,8 @@ async def bench(
                 running = stack.enter_context(contenders.running(router, urls, cores.router))
                 await ready(router.name, running, engines.MODEL)
                 admin = f"http://127.0.0.1:{running.admin_port}" if router.name == HERD else None
+                if admin:
+                    await trusting(running)
                 targets[router.name] = Target([running.port], [running.pid], urls, admin)
         return [one for n in range(plan.rounds) for one in await one_round(n, plan, targets, oracle)]
 

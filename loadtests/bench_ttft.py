@@ -21,7 +21,7 @@ import httpx
 import msgspec
 
 from loadtests import contenders, engines, prompts
-from loadtests.bench import BenchFailed, Cores, machine, ready, run_bench
+from loadtests.bench import BenchFailed, Cores, machine, ready, run_bench, trusting
 from loadtests.contenders import HERD, Contender
 from loadtests.prompts import Messages
 from loadtests.report import table, where
@@ -117,6 +117,7 @@ async def own_fleet() -> AsyncIterator[Endpoint]:
         herd = Contender(HERD, contenders.herd(POLICY))
         with contenders.running(herd, [engine.url for engine in behind]) as router:
             await ready(HERD, router, engines.MODEL)
+            await trusting(router)
             urls = (f"http://127.0.0.1:{port}" for port in (router.port, router.admin_port))
             yield Endpoint(*urls, engines.MODEL)
 

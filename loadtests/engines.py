@@ -18,6 +18,7 @@ MODEL = "bench"
 # vLLM on a CPU that others use too.
 STARTUP_S = 300.0
 LOG_CHARACTERS = 2000
+LOG_CHARACTERS = 2000
 
 
 @contextlib.asynccontextmanager

@@ -34,6 +34,13 @@ def test_herds_last_decisions_are_told_newest_first(start: Start) -> None:
     assert account.token_ids(told).total() == 2
 
 
+def test_herd_says_why_it_does_not_trust_a_cache(start: Start) -> None:
+    engine = simulated_engine(start, "--served-model-name", "m")  # has no KV events
+    herd = router(start, engine, flags=("--policy", "kv_aware"))
+    (reason,) = asyncio.run(account.untrusted(herd.admin))
+    assert reason
+
+
 def decision(predicted: int | None, observed: int | None, token_ids: str = account.SENT) -> dict[str, Any]:
     """As the admin port tells it."""
     return {
