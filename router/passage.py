@@ -80,6 +80,8 @@ class Passage:
             await self._run()
         finally:
             self._reply.detach()
+            # It holds the request, which holds this passage: a cycle would keep both until a collection.
+            del self._first_output
 
     async def _run(self) -> None:
         call, head = self._call, self._exchange.head

@@ -1,4 +1,5 @@
 import asyncio
+import gc
 import json
 
 import pytest
@@ -6,6 +7,7 @@ from router_wire import LAST_CHUNK, WAIT_S, client, engine, post, relaying, repl
 
 from router.core.fleet import State
 from router.core.placement import round_robin
+from router.http.requests import Request
 from router.http.upstream import IDLE_S
 
 CHAT = "/v1/chat/completions"
@@ -43,6 +45,29 @@ async def answered(port, message):
     async with client(port) as c:
         await c.send(message)
         return await c.reply()
+
+
+@pytest.mark.parametrize("answer", [reply(b"{}"), WHOLE], ids=["whole", "stream"])
+async def test_an_answered_request_is_gone_without_the_garbage_collector(answer):
+    """In a cycle it would stay, with its body, until a collection; and each costs the collector time."""
+    asked = chat(stream=True) if answer is WHOLE else chat()
+
+    def requests():
+        return sum(isinstance(thing, Request) for thing in gc.get_objects())
+
+    async with engine(says(answer)) as (_, url), relaying(url) as (_, _, port), client(port) as c:
+        await c.send(asked)
+        await c.reply()
+        gc.collect()
+        gc.disable()
+        try:
+            before = requests()
+            for _ in range(5):
+                await c.send(asked)
+                assert (await c.reply())[0] == 200
+            assert requests() == before
+        finally:
+            gc.enable()
 
 
 async def test_a_whole_reply_passes_with_its_headers():
