@@ -1,21 +1,21 @@
 """Why each request went where it did, and what came of it: the newest decisions, in memory.
 
 On a request's path numbers are packed and references kept, no more; what people read is made when they ask.
-Packed, the candidates are also nothing that the garbage collector would walk through as long as they stay.
+The garbage collector does not look at decisions, however many stay: no cycle comes of one.
 """
 
 from __future__ import annotations
 
 import asyncio
 import re
-import struct
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import islice, repeat
 from math import isnan, nan
+from struct import Struct, pack
 from typing import Annotated, Any
 
+import msgspec
 from pydantic import BaseModel, ConfigDict, Field
 
 from router.core.fleet import NOTHING_CACHED, Cached, Forecast, Standing, Trust, View
@@ -32,11 +32,13 @@ CACHED = "cached"  # no replica had more of it than the chosen one
 AWAY = "away"  # another one had more
 BRANCHES = (BLIND, COLD, CACHED, AWAY)
 
-# A candidate: requests in flight, sequences decoding, tokens cached at hand, on slower tiers; then, NAN where
-# the policy does not go by them, what was FORECAST, and its cost.
-CANDIDATE = struct.Struct("4i6f")
+# What is kept of a candidate: requests in flight, sequences decoding; where the policy goes by more also
+# tokens cached at hand, on slower tiers, what was FORECAST, and its cost.
+LOAD = Struct("2i")
+CANDIDATE = Struct("4i6f")
 FORECAST = ("backlog_s", "prefill_s", "step_s", "ttft_s", "busy")
 UNTOLD = Forecast(nan, nan, nan, nan, nan, 0)
+UNKNOWN = (0, 0, *[nan] * 6)
 # Of the error that ended a stream as much is kept; vLLM's sentences are shorter.
 ERROR_BYTES = 300
 # What a header's value does not hold (RFC 9110, section 5.5, less what is not ASCII).
@@ -59,13 +61,12 @@ class DecisionsConfig(BaseModel):
 AS_USUAL = DecisionsConfig()
 
 
-@dataclass(slots=True, eq=False)
-class Decision:
+class Decision(msgspec.Struct, gc=False, eq=False):
     """One placement of one request, and what came of it. Times are those of the event loop's clock.
 
-    `replicas`, `trusts`, `figures` (a CANDIDATE each): what there was to choose from. `num_tokens`: the
-    prompt's, 0 if it was not known. `cached`: what the chosen replica was known to have of it. `earlier`: the
-    placement that failed before this one, which has `moved`.
+    `replicas`, `trusts`, `figures` (of each a CANDIDATE, or of each its LOAD): what there was to choose from.
+    `num_tokens`: the prompt's, 0 if it was not known. `cached`: what the chosen replica was known to have of
+    it. `earlier`: the placement that failed before this one, which has `moved`.
 
     `ttft_s`: until the first token, as predicted when the fleet counted the request. `token_ids`: whether the
     engine got those of the prompt, or why not. `usage`: tokens of the prompt, of these cached, of the output,
@@ -79,7 +80,7 @@ class Decision:
     branch: str
     replicas: tuple[Standing, ...]
     trusts: tuple[Trust, ...]
-    figures: bytearray
+    figures: bytes | bytearray
     num_tokens: int
     cached: Cached
     placed_at: float
@@ -131,6 +132,7 @@ class Decisions:
         self, request_id: bytes, model: str, view: View, placement: Placement, earlier: Decision | None
     ) -> Decision:
         """Notes a placement, before the fleet counts it. `earlier`: the one that the request failed on."""
+        replicas = view.replicas
         had = view.cached.get(placement.standing.replica.id, NOTHING_CACHED)
         branch = _branch(view, had)
         decision = Decision(
@@ -139,9 +141,9 @@ class Decisions:
             placement.standing,
             placement.reason,
             branch,
-            view.replicas,
-            self._shared(tuple([s.trust for s in view.replicas])),
-            _packed(view, placement),
+            replicas,
+            self._shared(tuple([s.trust for s in replicas])),
+            _packed(view, placement) if placement.forecasts or view.cached else _loads(replicas),
             view.num_tokens,
             had,
             view.now,
@@ -203,6 +205,15 @@ def _branch(view: View, had: Cached) -> str:
     return CACHED if had >= max(view.cached.values()) else AWAY
 
 
+def _loads(replicas: tuple[Standing, ...]) -> bytes:
+    """The LOAD of each."""
+    numbers: list[int] = []
+    for standing in replicas:
+        others = standing.elsewhere
+        numbers += (standing.in_flight + others.in_flight, standing.decoding + others.decoding)
+    return pack(f"{len(numbers)}i", *numbers)
+
+
 def _packed(view: View, placement: Placement) -> bytearray:
     """A CANDIDATE for each replica of the view."""
     had, pack_into = view.cached.get, CANDIDATE.pack_into
@@ -254,7 +265,7 @@ def _described(decision: Decision, epoch: float) -> dict[str, Any]:
 
 
 def _candidates(decision: Decision) -> Iterator[dict[str, Any]]:
-    rows = zip(decision.replicas, decision.trusts, CANDIDATE.iter_unpack(decision.figures), strict=True)
+    rows = zip(decision.replicas, decision.trusts, _unpacked(decision), strict=True)
     for standing, trust, (in_flight, decoding, cached, slower, *forecast, cost_s) in rows:
         yield {
             "replica": standing.id,
@@ -267,6 +278,13 @@ def _candidates(decision: Decision) -> Iterator[dict[str, Any]]:
             "decoding": decoding,
             "in_flight": in_flight,
         }
+
+
+def _unpacked(decision: Decision) -> Iterator[tuple[Any, ...]]:
+    figures = decision.figures
+    if len(figures) == CANDIDATE.size * len(decision.replicas):
+        return CANDIDATE.iter_unpack(figures)
+    return (load + UNKNOWN for load in LOAD.iter_unpack(figures))
 
 
 def _known(number: float) -> float | None:
