@@ -160,6 +160,8 @@ class Metrics:
             "replica",
             "phase",
         )
+        self._index_blocks = self._gauge("index_blocks", "Blocks of KV cache that the index knows.")
+        self._index_bytes = self._gauge("index_bytes", "Memory that the index takes.")
         self.requests = requests.labels  # (model, path, code)
         self.of = cache(self._born)  # (model), only of models that exist
 
@@ -171,6 +173,8 @@ class Metrics:
         """
         for gauge in (self._replicas, self._in_flight, self._trust, self._backlog, self._factors):
             gauge.clear()
+        self._index_blocks.set(len(fleet.index))
+        self._index_bytes.set(fleet.index.nbytes)
         tally = Tally((model, s.state) for s in fleet for model in s.replica.models)
         for model in {*promised, *fleet.models()}:
             self.of(model)

@@ -111,6 +111,8 @@ async def test_the_admin_port_tells_backlog_and_step_model():
             "step_s": pytest.approx(standing.steps.step_s(1, 1000)),
         }
         metrics = (await get(front.admin_port, "/metrics"))[2].decode()
+        assert f"herd_index_blocks {float(len(front.fleet.index))}" in metrics
+        assert float(re.search(r"\nherd_index_bytes (.+)", metrics)[1]) == front.fleet.index.nbytes > 0
         backlog = re.search(r'herd_replica_backlog_seconds{model="m",replica="a"} (.+)', metrics)
         assert float(backlog[1]) == pytest.approx(standing.backlog_s(now), abs=10)
         factor = re.search(r'herd_step_model_factor{model="m",phase="prefill",replica="a"} (.+)', metrics)
