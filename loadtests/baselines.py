@@ -38,7 +38,7 @@ def cheapest(view: View, costs: Sequence[Any], reason: str) -> Placement | None:
     least = min(costs)
     equals = [s for s, cost in zip(view.replicas, costs, strict=True) if cost == least]
     chosen = equals[view.draw % len(equals)]
-    return Placement(chosen, reason, view.cached.get(chosen.id, NOTHING_CACHED))
+    return Placement(chosen, reason)
 
 
 def fewest_requests(view: View) -> Placement | None:

@@ -26,6 +26,8 @@ from loadtests.cpu import cpu_seconds, pinned, rss_bytes
 from loadtests.report import SMALL, Run, cost_us, relay_report
 
 ENGINES = 4
+# Like its peers' round robin, it looks at no prompt: what is measured is the relay.
+POLICY = "least_requests"
 # Connections to the engines are open and code is warm after this long.
 SETTLE_S = 0.5
 
@@ -151,7 +153,7 @@ def main(
     """Compare routers: CPU per chunk and per request, added time to first token, memory."""
     if peers:
         install_peers()
-    routers_here, direct = chosen(contenders.contenders(), routers, also)
+    routers_here, direct = chosen(contenders.contenders(contenders.herd(POLICY)), routers, also)
     plan = Plan(streams, connections, chunks, seconds, rounds)
     cores = Cores.of_machine()
     runs = run_bench(bench(plan, routers_here, direct, cores), cores)

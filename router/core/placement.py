@@ -16,7 +16,7 @@ from types import MappingProxyType
 
 from xxhash import xxh3_64_intdigest
 
-from router.core.fleet import NOTHING_CACHED, Cached, Forecast, Standing, View
+from router.core.fleet import NOTHING_CACHED, Forecast, Standing, View
 
 # What a replica may hold in consistent_hash, times the average (Mirrokni, Thorup, Zadimoghaddam 2016,
 # "Consistent Hashing with Bounded Loads"; HAProxy's manual calls 1.25 to 2 reasonable). An engine batches, so
@@ -44,7 +44,6 @@ class Placement:
 
     standing: Standing
     reason: str
-    cached: Cached = NOTHING_CACHED
     costs: tuple[float, ...] = ()
     forecasts: tuple[Forecast, ...] = ()
 
@@ -132,7 +131,7 @@ def kv_aware(view: View) -> Placement | None:
     chosen = view.replicas[cheapest[view.turn % len(cheapest)]]
     cached = had(chosen.id, NOTHING_CACHED)
     told = f"costs least ({least:.3f} s), {cached.tokens} tokens cached"
-    return Placement(chosen, told, cached, costs, forecasts)
+    return Placement(chosen, told, costs, forecasts)
 
 
 def _cost(forecast: Forecast) -> float:

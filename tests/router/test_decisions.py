@@ -110,7 +110,7 @@ def test_what_is_packed_comes_out_again(rows):
         forecasts.append(UNTOLD._replace(backlog_s=backlog, prefill_s=prefill))
         costs.append(cost)
     replicas = fleet.view("m").replicas
-    placement = Placement(replicas[0], "so", Cached(), tuple(costs), tuple(forecasts))
+    placement = Placement(replicas[0], "so", tuple(costs), tuple(forecasts))
     decisions = Decisions("p", DecisionsConfig(), Counters(CollectorRegistry(), "d", "", ("p", "b")))
     decision = decisions.placed(b"a", "m", View(replicas, num_tokens=1, cached=cached), placement, None)
     names = ("in_flight", "decoding", "cached_tokens", "slower_tokens", "backlog_s", "prefill_s", "cost_s")
