@@ -138,7 +138,7 @@ def status(port: int, as_json: bool, run_dir: Path | None) -> None:
 
 @main.command()
 @click.argument("request_id", required=False, metavar="ID")
-@click.option("--last", type=click.IntRange(1, 200), help="The last so many requests.  [default: 10]")
+@click.option("--last", type=click.IntRange(1, 1000), help="The last so many requests.  [default: 10]")
 @click.option("--port", default=PORT, show_default=True, help="The endpoint's port.")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 @run_dir

@@ -62,6 +62,7 @@ class Engine:
         self.open = 0  # now
         self.disconnected = asyncio.Event()
         self._script = script
+        self._writers: set[asyncio.StreamWriter] = set()
 
     async def start(self, port: int = 0) -> str:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", port)
@@ -69,12 +70,16 @@ class Engine:
         return f"http://127.0.0.1:{self.port}"
 
     async def stop(self) -> None:
+        """As when its process ends: nobody listens, and open connections are cut."""
         self._server.close()
+        for writer in self._writers:
+            writer.transport.abort()
         await self._server.wait_closed()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
         self.open += 1
+        self._writers.add(writer)
         try:
             while True:
                 request = await read_message(reader)
@@ -85,6 +90,7 @@ class Engine:
             self.disconnected.set()
         finally:
             self.open -= 1
+            self._writers.discard(writer)
             writer.close()
 
 

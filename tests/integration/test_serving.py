@@ -129,6 +129,8 @@ def test_a_killed_router_comes_back_and_finds_the_fleet(whole: Fleet) -> None:
     os.kill(router.pid, signal.SIGKILL)
     eventually(lambda: not router.alive)
     eventually(lambda: whole.ready().keys() == before, REPLACED_S, tolerate=httpx.TransportError)
+    # Its admin port answers before the public one: it first learns what the fleet holds.
+    eventually(lambda: httpx.get(f"{whole.url}/v1/models").is_success, tolerate=httpx.TransportError)
     assert whole.client().chat.completions.create(model=MODEL, messages=HELLO, max_tokens=4).choices
 
 

@@ -294,9 +294,9 @@ async def test_of_an_id_used_again_the_newest_is_told_and_the_last_are_listed():
     ("path", "status", "says"),
     [
         ("/decisions/none", 404, "'none' is kept here; this process keeps its last 10000"),
-        ("/decisions?last=0", 400, "last: a number from 1 to 200"),
+        ("/decisions?last=0", 400, "last: a number from 1 to 1000"),
         ("/decisions?last=many", 400, "last: a number is expected, not 'many'"),
-        ("/decisions?last=201", 400, "last: a number from 1 to 200"),
+        ("/decisions?last=1001", 400, "last: a number from 1 to 1000"),
         ("/arrivals?after=-1", 400, "after: a number is expected, not '-1'"),
     ],
 )

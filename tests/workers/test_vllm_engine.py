@@ -382,7 +382,7 @@ class TestRealVllmThatFails:
         log = tmp_path / "vllm.log"
         with pytest.raises(EngineStartError) as failed:
             asyncio.run(EngineProcess.start(make_engine(spec(**changes)), log, START_S))
-        assert str(failed.value) == f"the vllm engine of m did not start: {sentence} (its log: {log})"
+        assert str(failed.value) == f"the vllm-cpu engine of m did not start: {sentence} (its log: {log})"
 
 
 def processes() -> list[int]:
