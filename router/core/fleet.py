@@ -5,6 +5,7 @@ Time comes in as `now` (seconds on any monotonic clock); nothing here waits, con
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -16,7 +17,7 @@ import msgspec
 from router.core.blocks import TEXT_BLOCK_TOKENS, Keys, Prompt
 from router.core.kv_events import AllBlocksCleared, KVEvent
 from router.core.kv_index import HISTORY, KVIndex, bits_of
-from router.core.step_model import StepModel
+from router.core.step_model import StepModel, fade
 
 # A router with a share of the replicas leaves it while it has so many times the average to do: then a cache
 # is worth less than a place. As for the bound of consistent_hash, small differences are no reason.
@@ -28,6 +29,8 @@ UNTOLD_CAPACITY = 400_000
 RECENT_S = 20.0
 # A replica that seems to do nothing but prefill still decodes now and then.
 MOST_BUSY = 0.9
+# How often step models fade (seconds): often enough beside step_model.FADE_S.
+FADE_EVERY_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,6 +292,7 @@ class Fleet:
     _ready: dict[str, tuple[tuple[Standing, ...], tuple[Standing, ...]]] = field(default_factory=dict)
     _share: frozenset[str] | None = None
     _turns: int = 0
+    _faded_at: float = 0.0
 
     # -- replicas come, go, fail
 
@@ -489,12 +493,23 @@ class Fleet:
         prompt: Prompt | None = None,
     ) -> View:
         """What a policy may know to place a request for this model."""
+        if now - self._faded_at > FADE_EVERY_S:
+            self._fade(now)
         ready = self._offered(model)
         for standing in ready:
             self._settle(standing, now)
         if prompt is None:
             return View(ready, self._turns, draw, key, now)
         return View(ready, self._turns, draw, key, now, prompt.num_tokens, self._cached(ready, prompt))
+
+    def _fade(self, now: float) -> None:
+        """What was learnt of each replica's steps fades into what is common among its kin."""
+        kin = defaultdict[tuple[str, tuple[str, ...]], list[StepModel]](list)
+        for standing in self._standings.values():
+            kin[standing.replica.engine, standing.replica.models].append(standing.steps)
+        for alike in kin.values():
+            fade(alike, now - self._faded_at)
+        self._faded_at = now
 
     def _offered(self, model: str) -> tuple[Standing, ...]:
         """The model's ready replicas; of a share only those in it, unless they have too much to do."""

@@ -7,9 +7,10 @@ decoding, are learnt online, because wrong constants cost more than wrong polici
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import exp, log
+from statistics import median_low
 from types import MappingProxyType
 
 # vLLM's default --max-num-batched-tokens on a GPU: a longer prefill takes several steps.
@@ -19,6 +20,9 @@ STEP_TOKENS = 8192
 FIRST_MOVE, LEAST_MOVE = 1.5, 0.02
 # Of a shorter stream, the time is mostly chance: in which step it began and ended.
 LEAST_TOKENS = 8
+# What was seen of a replica fades within such a time (seconds) into what is seen of its kin. So one that
+# looks slow, and is given nothing for that, gets another chance; what is observed meanwhile weighs more.
+FADE_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +64,10 @@ class Factor:
         self.observations += 1
         most = max(LEAST_MOVE, FIRST_MOVE / self.observations)
         self.value *= exp(max(-most, min(most, log(observed) - log(predicted))))
+
+    def fade(self, common: float, share: float) -> None:
+        """A share of the way to what is common among its kin; all of it before the first observation."""
+        self.value *= (common / self.value) ** (share if self.observations else 1.0)
 
 
 @dataclass(slots=True)
@@ -105,3 +113,17 @@ class StepModel:
         """A stream's tokens after the first, and what they took beside prefills; `step` predicted of one."""
         if num_tokens >= LEAST_TOKENS:
             self.decode.observe(step * num_tokens, decoding_s)
+
+
+def fade(kin: Sequence[StepModel], passed_s: float) -> None:
+    """Time goes by for replicas that should be alike: the same kind of engine with the same model."""
+    share = 1 - exp(-passed_s / FADE_S)
+    for factors in ([steps.prefill for steps in kin], [steps.decode for steps in kin]):
+        common = _common(factors)
+        for factor in factors:
+            factor.fade(common, share)
+
+
+def _common(factors: Iterable[Factor]) -> float:
+    """The median of those that observed something."""
+    return median_low([factor.value for factor in factors if factor.observations] or [1.0])

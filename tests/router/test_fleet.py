@@ -213,3 +213,17 @@ def test_who_says_nothing_before_the_end_counts_as_prefilled_in_time(fleet):
     fleet.finished(flight, now=9.0, output_tokens=100)
     assert (standing.in_flight, standing.decoding, standing.awaiting_first_token) == (0, 0, 0)
     assert standing.steps.prefill.observations == standing.steps.decode.observations == 0
+
+
+def test_a_replica_that_looked_slow_is_tried_again(fleet):
+    fleet.joined(Replica("other", "http://other", ("n",)), now=0.0)
+    slow, quick, other = fleet.get("r0").steps, fleet.get("r1").steps, fleet.get("other").steps
+    fleet.view("m", now=2.0)
+    slow.decode.observe(1.0, 1.5)
+    quick.decode.observe(1.0, 1.1)
+    other.decode.observe(1.0, 1.4)
+    fleet.view("m", now=2.5)
+    assert slow.decode.value == pytest.approx(1.5)
+    fleet.view("m", now=601.0)
+    assert slow.decode.value == pytest.approx(quick.decode.value, rel=1e-3)
+    assert other.decode.value == pytest.approx(1.4)

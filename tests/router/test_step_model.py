@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.core.step_model import LEAST_MOVE, LEAST_TOKENS, Factor, StepModel
+from router.core.step_model import FADE_S, LEAST_MOVE, LEAST_TOKENS, Factor, StepModel, fade
 
 COMMON = 2.0
 
@@ -72,3 +72,41 @@ def test_streams_teach_decoding_unless_they_are_short():
     assert steps.decode.value == pytest.approx(COMMON)
     assert steps.prefill.value == 1
     assert steps.step_s(10, 1000) == pytest.approx(COMMON * (6e-3 + 10 * 45e-6 + 1000 * 5.6e-8))
+
+
+def models(*factors: tuple[float, int]) -> list[StepModel]:
+    """With such factors for decoding, learnt from so many observations."""
+    return [StepModel(StepModel.of().prior, decode=Factor(value, count)) for value, count in factors]
+
+
+def test_what_one_seems_to_be_fades_into_what_its_kin_are():
+    kin = models((1.0, 50), (1.0, 50), (3.0, 50))
+    fade(kin, FADE_S)
+    assert [steps.decode.value for steps in kin[:2]] == [1.0, 1.0]
+    assert kin[2].decode.value == pytest.approx(3.0 ** (1 / 2.71828), rel=1e-4)
+    for _ in range(20):
+        fade(kin, FADE_S)
+    assert kin[2].decode.value == pytest.approx(1.0)
+
+
+def test_a_new_one_is_taken_for_what_its_kin_are():
+    kin = models((5.0, 50), (1.0, 0))
+    fade(kin, 0.001)
+    assert kin[1].decode.value == pytest.approx(5.0)
+    assert kin[0].decode.value == 5.0
+
+
+def test_one_alone_and_ones_that_saw_nothing_stay_as_they_are():
+    alone, unseen = models((5.0, 50)), models((1.0, 0), (1.0, 0))
+    for kin in (alone, unseen):
+        before = [steps.decode.value for steps in kin]
+        fade(kin, 10 * FADE_S)
+        assert [steps.decode.value for steps in kin] == before
+
+
+def test_one_that_is_slower_and_observed_stays_slower():
+    kin = models((1.0, 50), (1.0, 50), (2.0, 50))
+    for _ in range(300):
+        fade(kin, 1.0)
+        kin[2].decode.observe(kin[2].decode.value, 2.0)
+    assert kin[2].decode.value == pytest.approx(2.0, rel=0.05)
