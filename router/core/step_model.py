@@ -22,7 +22,7 @@ FIRST_MOVE, LEAST_MOVE = 1.5, 0.02
 LEAST_TOKENS = 8
 # What was seen of a replica fades within such a time (seconds) into what is seen of its kin. So one that
 # looks slow, and is given nothing for that, gets another chance; what is observed meanwhile weighs more.
-FADE_S = 60.0
+FADE_S = 300.0
 
 
 @dataclass(frozen=True, slots=True)
