@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, repeat
 from sys import getsizeof
 from typing import NamedTuple
 
@@ -154,8 +154,7 @@ class KVIndex:
         self._mirrored -= len(source.mirror)
         self._tiered &= ~bit
         bits = bit * ALL
-        for key in [key for key, promised in self._promised.items() if promised & bits]:
-            self._take_back(key, bits)
+        self.withdraw(bits, [key for key, promised in self._promised.items() if promised & bits])
         for copy in [copy for copy in self._surplus if copy[1] & bits]:
             del self._surplus[copy]
         self._leaving |= 1 << (bit.bit_length() - 1) // WIDTH
@@ -188,19 +187,23 @@ class KVIndex:
 
     def expect(self, bit: int, keys: Keys) -> Keys:
         """A request was placed that will bring these blocks. Returns those that no other had promised."""
-        promised, own = self._promised, []
+        promised = self._promised
         self._sources[bit if bit in self._sources else bit >> HISTORY].used = True
-        for key in keys[: max(0, self._most_promised - len(promised))]:
-            bits = promised.get(key, 0)
-            if not bits & bit:
-                promised[key] = bits | bit
-                own.append(key)
-        return own
+        keys = keys[: max(0, self._most_promised - len(promised))]
+        if not promised.keys().isdisjoint(keys):
+            keys = [key for key in keys if not promised.get(key, 0) & bit]
+            shared = {key: promised[key] | bit for key in keys if key in promised}
+            promised.update(dict.fromkeys(keys, bit) | shared)
+        else:
+            promised.update(dict.fromkeys(keys, bit))
+        return keys
 
-    def withdraw(self, bit: int, keys: Keys) -> None:
+    def withdraw(self, bits: int, keys: Keys) -> None:
         """The request is over; of what it had promised, what no event confirmed is not there."""
-        for key in keys:
-            self._take_back(key, bit)
+        promised = self._promised
+        for key, held in zip(keys, map(promised.pop, keys, repeat(0)), strict=True):
+            if held != bits and (left := held & ~bits):
+                promised[key] = left
 
     def remember(self, bit: int, keys: Keys, capacity: int) -> None:
         """A replica was sent these blocks, and is taken to keep the last `capacity` of all that it was sent.
@@ -332,14 +335,6 @@ class KVIndex:
                 del source.mirror[key]
                 self._mirrored -= 1
 
-    def _take_back(self, key: int, bits: int) -> None:
-        """A block is not promised any more."""
-        promised = self._promised.get(key, 0)
-        if left := promised & ~bits:
-            self._promised[key] = left
-        elif promised:
-            del self._promised[key]
-
     def _trim(self, source: Source, most: int) -> None:
         """A mirror that is too large drops what was sent least recently."""
         excess = len(source.mirror) - max(0, most)
@@ -395,26 +390,29 @@ class KVIndex:
     def _name(self, names: list[int], keys: Keys) -> None:
         named, count, most = self._named, self._count, 2 * self._most_young
         for name, key in zip(names, keys, strict=False):
-            table = named[name % count]
-            if name not in table:
-                table[name] = key
-                if len(table) >= most:
-                    self._tidy(name % count)
+            shard = name % count
+            table = named[shard]
+            table[name] = key
+            if len(table) >= most:
+                self._tidy(shard)
 
     def _remove(self, source: Source, event: BlockRemoved) -> Keys:
         tier = TIERS.get(event.medium)
         if tier is None or event.group_idx not in (None, source.group):
             return []
-        named, count, surplus, bit = self._named, self._count, self._surplus, source.bit << tier
-        left = []
+        named, young, count, surplus = self._named, self._young, self._count, self._surplus
+        left, bit = [], source.bit << tier
         for name in source.names(event.block_hashes):
-            table = named[name % count]
-            key = table.get(name)
+            names = named[name % count]
+            key = names.get(name)
             if key is None or (surplus and self._one_copy_less(key, bit)):
                 continue
             left.append(key)
-            if self._drop(key, bit):
-                del table[name]
+            blocks = young[key % count]
+            if blocks.get(key) == bit:  # most are held by one replica
+                del blocks[key], names[name]
+            elif self._drop(key, bit):
+                del names[name]
         return left
 
     def _copied(self, key: int, bit: int) -> None:

@@ -6,10 +6,11 @@ canaries dispel it. A limit, what only another engine could change, stands until
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Iterable
+from collections import deque
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import takewhile
+from math import inf
 from typing import NamedTuple
 
 from router.core.blocks import Keys
@@ -169,34 +170,27 @@ class Window(NamedTuple):
 
 
 class Departures:
-    """The last blocks that left a replica's cache: a ring of keys, 16 bytes each."""
+    """The last blocks that left a replica's cache, at least SIZE of them, with when they did."""
 
     SIZE = 4096
 
     def __init__(self) -> None:
-        self.count = 0
-        self._keys = array("Q", bytes(8 * self.SIZE))
-        self._times = array("d", bytes(8 * self.SIZE))
+        self._left: deque[tuple[float, Keys]] = deque()
+        self._count = 0
+        self._forgotten = -inf  # when the last one left that is not here any more
 
-    def note(self, keys: Iterable[int], now: float) -> None:
+    def note(self, keys: Keys, now: float) -> None:
         """These blocks left."""
-        for key in keys:
-            place = self.count % self.SIZE
-            self._keys[place], self._times[place] = key, now
-            self.count += 1
+        self._left.append((now, keys))
+        self._count += len(keys)
+        while self._count - len(self._left[0][1]) >= self.SIZE:
+            self._forgotten, dropped = self._left.popleft()
+            self._count -= len(dropped)
 
     def since(self, key: int, then: float) -> bool:
         """Whether the block left at or after that time; yes if so many left since that nobody knows."""
-        if self.count > self.SIZE and self._times[self.count % self.SIZE] >= then:
-            return True
-        place = -1
-        try:
-            while True:
-                place = self._keys.index(key, place + 1)
-                if self._times[place] >= then:
-                    return True
-        except ValueError:
-            return False
+        lately = takewhile(lambda left: left[0] >= then, reversed(self._left))
+        return self._forgotten >= then or any(key in keys for _, keys in lately)
 
 
 @dataclass(slots=True)
