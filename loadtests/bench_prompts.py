@@ -96,7 +96,7 @@ class Measured:
     """One kind of request through one router in one round, on all connections and on one alone.
 
     `engines`: what these counted meanwhile. Of Herd: what it counted, and what became of the token ids of the
-    last requests.
+    last requests; `listening`: its CPU while such requests went past it, straight to its engines.
     """
 
     router: str
@@ -109,11 +109,12 @@ class Measured:
     engines: Counter[str]
     herd: Counter[str]
     token_ids: Counter[str]
+    listening: Sample | None = None
 
     @property
     def cost_us(self) -> float:
         """CPU microseconds per request."""
-        return 1e6 * self.busy.cpu_s / self.busy.requests
+        return per_request_us(self.busy)
 
     @property
     def cached(self) -> float:
@@ -121,6 +122,11 @@ class Measured:
         return (
             100 * self.engines["vllm:prompt_tokens_cached_total"] / self.engines["vllm:prompt_tokens_total"]
         )
+
+
+def per_request_us(sample: Sample) -> float:
+    """CPU microseconds per request."""
+    return 1e6 * sample.cpu_s / sample.requests
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,7 +252,9 @@ async def measure(
     alone = await generator.run(one, target.ports, plan.seconds / 2, target.cpu_s)
     rss = target.rss_bytes()
     ids = account.token_ids(decided)
-    return Measured(name, number, kind.name, busy, alone, idle, rss, engines_told, herd_told, ids)
+    past = [urlsplit(url).port or 0 for url in target.engines]
+    listening = await generator.run(load, past, plan.seconds / 2, target.cpu_s) if target.admin else None
+    return Measured(name, number, kind.name, busy, alone, idle, rss, engines_told, herd_told, ids, listening)
 
 
 async def counts(target: Target) -> tuple[Counter[str], Counter[str]]:
@@ -310,9 +318,11 @@ def _proof(found: Sequence[Measured]) -> list[str]:
     asked, tokens = total[REQUESTS], total["herd_prompt_tokens_total"]
     others = "".join(f"; {why}: {count}" for why, count in ids.items() if why != account.SENT)
     cached = 100 * total["herd_cached_tokens_total"] / tokens
+    listening = spread([per_request_us(one.listening) for one in found if one.listening], 0)
     return [
         f"Herd sent token ids with {ids[account.SENT]} of {ids.total()} requests{others}. "
-        f"Engines reported {tokens / asked:.0f} prompt tokens each to it, {cached:.0f} % of them cached."
+        f"Engines reported {tokens / asked:.0f} prompt tokens each to it, {cached:.0f} % of them cached. "
+        f"Following KV events alone, while such requests went past it: {listening} us per request."
     ]
 
 
@@ -325,8 +335,8 @@ def broken(found: Sequence[Measured]) -> list[str]:
     return [
         f"{one.router}, {one.kind}: {'; '.join(sample.broken)}"
         for one in found
-        for sample in (one.busy, one.alone)
-        if sample.broken
+        for sample in (one.busy, one.alone, one.listening)
+        if sample and sample.broken
     ]
 
 

@@ -36,9 +36,11 @@ def test_every_figure_is_there_and_every_reply_was_foretold(oracle: Oracle) -> N
     for one in found:
         assert one.cost_us > 0 and one.rss_bytes > 1e6 and one.alone.first_p50_ms > 0
         assert 0 <= one.cached <= 100
+        assert (one.listening is not None and one.listening.cpu_s > 0) is (one.router == "herd")
         assert one.router != "herd" or one.token_ids == {account.SENT: one.herd["herd_requests_total"]}
     told = bench_prompts.report(found, "Here.")
-    for part in ("### shared", "### small", "### At rest", "| herd | ", "Herd sent token ids with "):
+    parts = ("### shared", "### small", "### At rest", "| herd | ", "Herd sent token ids with ", "events alone")
+    for part in parts:
         assert part in told
 
 
