@@ -39,7 +39,14 @@ def test_every_figure_is_there_and_every_reply_was_foretold(oracle: Oracle) -> N
         assert (one.listening is not None and one.listening.cpu_s > 0) is (one.router == "herd")
         assert one.router != "herd" or one.token_ids == {account.SENT: one.herd["herd_requests_total"]}
     told = bench_prompts.report(found, "Here.")
-    parts = ("### shared", "### small", "### At rest", "| herd | ", "Herd sent token ids with ", "events alone")
+    parts = (
+        "### shared",
+        "### small",
+        "### At rest",
+        "| herd | ",
+        "Herd sent token ids with ",
+        "events alone",
+    )
     for part in parts:
         assert part in told
 
