@@ -56,7 +56,9 @@ def _pool(model: ModelConfig) -> Application:
 def _router(fleet: FleetConfig) -> Application:
     pools = [_pool(model) for model in fleet.models]
     models = [model.name for model in fleet.models]
-    config = fleet.router.model_copy(update={"tokenizers": fleet.tokenizers})
+    config = fleet.router.model_copy(
+        update={"tokenizers": fleet.tokenizers, "continuation": fleet.continuation}
+    )
     return serve.deployment(
         deployment.Router,
         name="Router",

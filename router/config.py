@@ -13,6 +13,7 @@ from typing import Annotated, Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from router.continuation import Mode
 from router.core.placement import POLICIES, kv_aware
 from router.decisions import DecisionsConfig
 from router.errors import ConfigError
@@ -32,8 +33,9 @@ class RouterConfig(BaseModel):
     `replicas`: router processes; those on one machine share the port. `shards`: into how many shares the KV
     index is divided; with 1 every process holds all of it, with more it holds what belongs to its requests,
     and passes others' on (router/shards.py). `tokenizers`: by model, `*` for all others
-    (router/tokenizer_config.py). `allow_kv_transfer_params`: clients may send their own. `aliases`: other
-    names of models, each with the name that engines know. `limits`: of what clients send
+    (router/tokenizer_config.py). `continuation`: by model as well, whether streams go on when their
+    replica fails (router/continuation.py). `allow_kv_transfer_params`: clients may send their own. `aliases`:
+    other names of models, each with the name that engines know. `limits`: of what clients send
     (router/http/requests.py). `cors`: which web pages may call (router/http/cors.py). `decisions`: what is
     told of placements (router/decisions.py).
     """
@@ -48,6 +50,7 @@ class RouterConfig(BaseModel):
     shards: Annotated[int, Field(ge=1)] = 1
     policy: str = kv_aware.__name__
     tokenizers: dict[Name, TokenizerConfig] = {}
+    continuation: dict[Name, Mode] = {}
     allow_kv_transfer_params: bool = False
     aliases: dict[Name, Name] = {}
     limits: Limits = Limits()
@@ -101,6 +104,7 @@ class ModelConfig(EngineSpec):
 
     replicas: Annotated[int, Field(ge=1)] = 1
     slo: Slo = Slo()
+    continuation: Mode = "exact"
     resources: dict[str, float] = {}
 
 
@@ -118,6 +122,11 @@ class FleetConfig(BaseModel):
         of_engines = {model.name: TokenizerConfig.of_engine(model) for model in self.models}
         known = {name: config for name, config in of_engines.items() if config is not None}
         return known | self.router.tokenizers
+
+    @property
+    def continuation(self) -> dict[str, Mode]:
+        """By model: as the router is told, else as the model is."""
+        return {model.name: model.continuation for model in self.models} | self.router.continuation
 
     @model_validator(mode="after")
     def _unique_names(self) -> FleetConfig:

@@ -11,6 +11,7 @@ HerdError
   UpstreamError            the exchange with a replica failed
     ConnectFailed          nothing was sent
     ReplyCut               the replica closed before its reply was whole
+    ReplyFailed            the replica said that it failed
   ApiError                 what a client is told, with status, type and code
     BadRequest             400
     UnknownModel           404
@@ -55,6 +56,26 @@ class ConnectFailed(UpstreamError):
 
 class ReplyCut(UpstreamError):
     """The replica closed the connection before its reply was whole."""
+
+
+class ReplyFailed(UpstreamError):
+    """The replica answered that it cannot: with a status of 5xx, or with an error in its stream.
+
+    `status`: of HTTP, as far as it told one. `event`: the one in its stream, as it came. `answer`: headers
+    and body of its reply in one piece.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        status: int = 500,
+        event: bytes | None = None,
+        answer: tuple[list[tuple[bytes, bytes]], bytes] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.event = event
+        self.answer = answer
 
 
 class ApiError(HerdError):

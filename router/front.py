@@ -27,6 +27,7 @@ from router.place import Place, Successor, nobody
 from router.port import Contact
 from router.relay import Relay
 from router.shards import Shards
+from router.silence import Silence
 
 __all__ = ["Endpoint", "FrontDoor"]
 
@@ -61,8 +62,9 @@ class FrontDoor:
         self.fleet = Fleet()
         self.metrics = Metrics()
         self._caches = Caches(config, self.fleet, self.metrics)
-        self._watch = Watch(self.fleet, self.metrics, self._caches)
         self._upstreams = Upstreams()
+        self._watch = Watch(self.fleet, self.metrics, self._caches, self._upstreams.cut)
+        self._silence = Silence(self.fleet, self._upstreams, self._watch)
         self._gossip = Gossip(self.fleet, self.metrics, self._contacts)
         self._peer_host = peer_host
         self._met: list[Contact] | None = None
@@ -107,6 +109,7 @@ class FrontDoor:
         """Takes a place on the port, and opens the admin port; raises ListenError with one sentence."""
         await self._caches.start()
         await self._watch.start()
+        self._silence.start()
         try:
             rank = await self._place.claim()
             self.port, config = self._place.port, self._config
@@ -178,6 +181,7 @@ class FrontDoor:
         await asyncio.gather(*(s.stop(grace_s, idle_s) for s in (self._front, self._direct)))
         self._gossip.stop()
         await self._place.leave()
+        await self._silence.stop()
         await self._watch.stop()
         await self._caches.stop()
         self._upstreams.close()

@@ -10,6 +10,8 @@ import asyncio
 import contextlib
 import logging
 import re
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Protocol
 from urllib.parse import urlsplit
@@ -17,7 +19,7 @@ from urllib.parse import urlsplit
 import httpx
 import msgspec
 
-from router.core.fleet import Fleet, Replica, State
+from router.core.fleet import NOTHING_CACHED, Fleet, Replica, State
 from router.errors import EngineUnreachable
 from router.metrics import Metrics
 
@@ -27,6 +29,12 @@ log = logging.getLogger(__name__)
 PROBE_DOWN_S = 0.25
 # One that serves is asked seldom: its own requests show at once when it dies.
 PROBE_READY_S = 5.0
+# One that fell silent, or fails what it is asked, has to answer sooner.
+PROBE_SUSPECT_S = 1.0
+# A token may take as long as predicted so many times, and at least so many seconds.
+TOKEN_TIMES, TOKEN_S = 5.0, 2.0
+# So many requests in a row that a replica fails itself are no chance, nor one bad request.
+FAILURES = 3
 # How long a client is asked to wait for a replica that cannot be reached now.
 RETRY_AFTER_S = 1
 # An engine on a busy machine may take seconds to answer while it is healthy.
@@ -122,12 +130,25 @@ class Observer(Protocol):
 
 
 class Watch:
-    """Follows every announced replica: brings it into the fleet, marks it down and up again."""
+    """Follows every announced replica: brings it into the fleet, marks it down and up again.
 
-    def __init__(self, fleet: Fleet, metrics: Metrics, observer: Observer | None = None) -> None:
+    `cut`: ends all connections to the engine at a URL, since it is given up.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        metrics: Metrics,
+        observer: Observer | None = None,
+        cut: Callable[[str], None] = lambda url: None,
+    ) -> None:
         self._fleet = fleet
         self._metrics = metrics
         self._observer = observer
+        self._cut = cut
+        self._failures = Counter[str]()
+        self._silent: set[str] = set()
+        self._news = asyncio.Event()
         self._followers: dict[str, asyncio.Task[None]] = {}
         self._looks: dict[str, asyncio.Event] = {}
         self._untried: set[str] = set()
@@ -154,6 +175,8 @@ class Watch:
         """A replica was withdrawn: it gets nothing more."""
         self._followers.pop(replica_id).cancel()
         del self._looks[replica_id]
+        self._failures.pop(replica_id, None)
+        self._silent.discard(replica_id)
         self._untried.discard(replica_id)
         self._fleet.left(replica_id)
         if self._observer is not None:
@@ -164,6 +187,38 @@ class Watch:
         if (look := self._looks.get(replica_id)) is not None:
             look.set()
 
+    def silent(self, replica_id: str) -> None:
+        """Nothing is heard of its streams, longer than load explains: it has to show that it lives."""
+        if self._fleet.suspected(replica_id, self._now()):
+            log.warning("replica %s is silent", replica_id)
+            self._silent.add(replica_id)
+            self.suspect(replica_id)
+
+    def failing(self, replica_id: str) -> None:
+        """It answered a request with a failure of its own. After some in a row it gets nothing more."""
+        self._failures[replica_id] += 1
+        if self._failures[replica_id] >= FAILURES:
+            self.unreachable(replica_id)
+        else:
+            self.suspect(replica_id)
+
+    def answered(self, replica_id: str) -> None:
+        """It answered a request."""
+        if self._failures and self._failures[replica_id] < FAILURES:
+            del self._failures[replica_id]
+
+    async def comes(self, model: str, within_s: float) -> bool:
+        """Whether a replica of the model comes, or shows that it is well, in so many seconds."""
+        if not self._followers:
+            return False
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                await self._news.wait()
+                while not self._fleet.view(model).replicas:
+                    await self._news.wait()
+                return True
+        return False
+
     def unreachable(self, replica_id: str) -> None:
         """The replica cannot be reached: it gets nothing more until it answers."""
         if not self._fleet.failed(replica_id, self._now()):
@@ -172,6 +227,7 @@ class Watch:
         assert standing is not None
         self._metrics.of(standing.replica.models[0]).replica_failures.inc()
         log.warning("replica %s does not answer at %s", replica_id, standing.replica.url)
+        self._cut(standing.replica.url)
         self.suspect(replica_id)
 
     @property
@@ -188,10 +244,13 @@ class Watch:
         while True:
             await self._pause(endpoint.id)
             down = self._down(endpoint.id)
-            if not await self._answers(endpoint.url):
+            if not await self._well(endpoint):
                 self.unreachable(endpoint.id)
             elif down:
                 await self._admit(endpoint)  # what answers there may be another engine than before
+            else:
+                self._fleet.recovered(endpoint.id, self._now())
+                self._tell()
 
     async def _admit(self, endpoint: Endpoint) -> None:
         """Learns what the engine is, for as long as that takes, and lets it serve."""
@@ -211,6 +270,7 @@ class Watch:
         if self._observer is not None:
             self._observer.joined(replica)
         self._untried.discard(endpoint.id)
+        self._tell()
         log.info("replica %s serves %s at %s", replica.id, ", ".join(replica.models), replica.url)
 
     async def _pause(self, replica_id: str) -> None:
@@ -222,11 +282,38 @@ class Watch:
                 await look.wait()
         look.clear()
 
-    async def _answers(self, url: str) -> bool:
+    async def _well(self, endpoint: Endpoint) -> bool:
+        """Whether it answers; where it failed requests or fell silent, whether it generates as well."""
+        odd = endpoint.id in self._silent or self._failures[endpoint.id] >= FAILURES
+        timeout = PROBE_SUSPECT_S if odd else PROBE_TIMEOUT_S
+        if not await self._answers("GET", f"{endpoint.url}/health", timeout):
+            return False
+        if odd and not await self._generates(endpoint):
+            return False
+        self._silent.discard(endpoint.id)
+        del self._failures[endpoint.id]
+        return True
+
+    async def _generates(self, endpoint: Endpoint) -> bool:
+        """Whether it says a token, unless it is of a kind that says none."""
+        standing = self._fleet.get(endpoint.id)
+        if standing is None:
+            return True
+        asked = {"model": standing.replica.models[0], "prompt": "Hello", "max_tokens": 1}
+        timeout = max(TOKEN_S, TOKEN_TIMES * standing.forecast(1, NOTHING_CACHED, self._now()).ttft_s)
+        return await self._answers("POST", f"{endpoint.url}/v1/completions", timeout, json=asked)
+
+    async def _answers(self, method: str, url: str, timeout: float, **asked: object) -> bool:
         try:
-            return (await self._client.get(f"{url}/health")).status_code < 500
+            reply = await self._client.request(method, url, timeout=timeout, **asked)  # type: ignore[arg-type]
         except httpx.HTTPError:
             return False
+        return reply.status_code < 500
+
+    def _tell(self) -> None:
+        """Those who wait for a replica look again."""
+        news, self._news = self._news, asyncio.Event()
+        news.set()
 
     def _down(self, replica_id: str) -> bool:
         standing = self._fleet.get(replica_id)

@@ -6,7 +6,7 @@ from collections import OrderedDict
 
 from router.core.fleet import Fleet, State
 from router.core.placement import Placement
-from router.errors import BadRequest, NoCapacity, ResponseNotFound, UpstreamBroken
+from router.errors import BadRequest, NoCapacity, ResponseNotFound
 from router.health import RETRY_AFTER_S, Watch
 from router.openai_api import STORED, Call
 from router.responses_api import mark, mark_in
@@ -53,13 +53,11 @@ class Keepers:
             raise _not_now()
         return standing.replica.models[0]
 
-    def place(self, replica_id: str, model: str, tried: frozenset[str]) -> Placement:
+    def place(self, replica_id: str, model: str) -> Placement:
         """The one placement there is; raises what keeps the request from it."""
         standing = self._fleet.get(replica_id)
         if standing is None or standing.state is not State.READY:
             raise _not_now()
-        if replica_id in tried:
-            raise UpstreamBroken("The request failed on the replica that keeps the response")
         if model not in standing.replica.models:
             told = f"The response is kept on a replica that does not serve {model!r}"
             raise BadRequest(told, param="previous_response_id")

@@ -26,8 +26,11 @@ OVERHEAD_BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 
 # A body of the size limit holds the loop for 0.1 s; router.watchdog ends a process that is held for 10.
 LAG_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 
-# Why a request was placed again: no connection to the replica, or its reply was cut.
-RETRY_REASONS = ("connect", "cut")
+# Why a try failed: no connection to the replica, its reply was cut, or it said that it failed. `refused`: no
+# budget was left for another.
+RETRY_REASONS = ("connect", "cut", "failed", "refused")
+# What became of streams that broke: they went on elsewhere, lacked only their counts, or could not go on.
+CONTINUATIONS = ("continued", "finished", "impossible")
 # What became of datagrams between router processes: those of a process that is not known, whose signature is
 # another's, or that are no newer than what is known, are dropped.
 DATAGRAM_FATES = ("sent", "unsent", "taken", "stale", "unknown", "forged", "malformed")
@@ -97,6 +100,7 @@ class ModelMetrics:
     predicted_cached: Counter
     reported_cached: Counter
     retries: dict[str, Counter]
+    continuations: dict[str, Counter]
     misses: dict[Cause, Counter]
     trust_changes: dict[Doubt | None, Counter]
 
@@ -109,7 +113,10 @@ class Metrics:
         ProcessCollector(registry=self.registry)
         requests = self._counter("requests", "Requests answered, by HTTP status.", "model", "path", "code")
         self._retries = self._counter(
-            "retries", "Requests placed again after a replica failed them.", "model", "reason"
+            "retries", "Tries that a replica failed, by how it did.", "model", "reason"
+        )
+        self._continuations = self._counter(
+            "stream_continuations", "Streams that broke, by what became of them.", "model", "outcome"
         )
         self._misses = self._counter(
             "prediction_misses", "Predictions that were off by more than a block.", "model", "cause"
@@ -195,6 +202,7 @@ class Metrics:
         return ModelMetrics(
             **children,
             retries=retries,
+            continuations={outcome: self._continuations.labels(model, outcome) for outcome in CONTINUATIONS},
             misses={cause: self._misses.labels(model, cause) for cause in Cause},
             trust_changes={
                 kind: self._trust_changes.labels(model, trust_with(kind), kind or "proven")

@@ -1,7 +1,8 @@
 """A reply on its way from an engine to the client: read along, counted, and never ended as if it were whole.
 
 Three ways lead there. Streams pass event by event; a reply in one piece is held until it is whole, so that
-until then another replica can give it; what the router cannot read passes as it comes.
+until then another replica can give it; what the router cannot read passes as it comes. Where an engine says
+that it failed, the client hears nothing of it yet: another may do better.
 """
 
 from __future__ import annotations
@@ -9,18 +10,35 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from router.errors import ReplyCut, UpstreamBroken, UpstreamError
+import msgspec
+
+from router.errors import ReplyCut, ReplyFailed, UpstreamBroken, UpstreamError
 from router.http import headers
 from router.http.event_watch import EventWatch
 from router.http.reply_head import Head
 from router.http.server import Reply
+from router.http.splice import Spliced
 from router.http.sse import EventStream, Shortcut, StreamTooLong, Usage
+from router.http.transcript import Transcript
 from router.http.upstream import Exchange
 from router.metrics import ModelMetrics
 from router.openai_api import Call
 
 # A larger reply in one piece is passed on as it comes: text has no such length, hundreds of embeddings do.
 HELD_BYTES = 4 * 1024 * 1024
+# What a replica answers that fails itself; another may not.
+FAILURES = frozenset({500, 502, 503, 504})
+# Of a reply in one piece that the engine gave up; it looks like any other.
+ABORTED = b'"finish_reason":"abort"'
+EXCERPT_CHARS = 200
+
+
+class _Failure(msgspec.Struct):
+    code: int | None = None
+
+
+class _ErrorEvent(msgspec.Struct):
+    error: _Failure | None = None
 
 
 class Reading(Protocol):
@@ -45,7 +63,8 @@ class Reading(Protocol):
 
 class Passage:
     """One reply of one replica. `first_output` is called once, when the first of it was passed on. `also`:
-    headers for the client beside the engine's."""
+    headers for the client beside the engine's. `rest`: it is the rest of a stream that another one began.
+    `noted`: so much of a stream is kept that it can go on elsewhere."""
 
     def __init__(
         self,
@@ -56,6 +75,8 @@ class Passage:
         metrics: ModelMetrics,
         first_output: Callable[[], None],
         also: headers.Headers,
+        rest: Spliced | None = None,
+        noted: bool = False,
     ) -> None:
         self._call = call
         self._request_id = request_id
@@ -64,6 +85,8 @@ class Passage:
         self._metrics = metrics
         self._first_output = first_output
         self._also = also
+        self._rest = rest
+        self._noted = noted
         self._reading: Reading | None = None
         self.response_id: str | None = None  # of a stored response, once it is known
         self.usage: Usage | None = None  # once the engine has reported it
@@ -73,8 +96,13 @@ class Passage:
         """With what the engine ended its stream, if it was an error."""
         return self._reading.error if self._reading is not None else None
 
+    @property
+    def stream(self) -> EventStream | Spliced | None:
+        """The stream of tokens that this is, as far as it has come."""
+        return self._reading if isinstance(self._reading, EventStream | Spliced) else None
+
     async def run(self) -> None:
-        """Passes all of it on. Raises ReplyCut where something is missing."""
+        """Passes all of it on. Raises ReplyCut where something is missing, ReplyFailed for an error."""
         self._reply.attach(self._exchange.connection)
         try:
             await self._run()
@@ -85,8 +113,13 @@ class Passage:
 
     async def _run(self) -> None:
         call, head = self._call, self._exchange.head
-        if call.transformed and is_event_stream(head):
-            await self._events(EventStream(keep_ids=call.wants_ids, keep_usage=call.wants_usage))
+        if head.status in FAILURES or (self._rest is not None and not is_event_stream(head)):
+            await self._failed()
+        elif self._rest is not None:
+            await self._events(self._rest)
+        elif call.transformed and is_event_stream(head):
+            transcript = Transcript() if self._noted else None
+            await self._events(EventStream(call.wants_ids, call.wants_usage, transcript))
         elif call.family.tokens or is_json(head):
             await self._whole()
         elif is_event_stream(head):
@@ -96,13 +129,24 @@ class Passage:
 
     def break_off(self, error: UpstreamError) -> None:
         """The client has part of the reply: say that the rest is missing."""
+        self._metrics.truncated.inc()
         self._reply.close_after()
         if self._reading is None:
             self._reply.abort()
             return
+        self._reply.write(self._ending(error, self._reading))
+        self._reply.end()
+
+    def _ending(self, error: UpstreamError, reading: Reading) -> bytes:
+        """The last event of a stream that broke off: the engine's own if it said one."""
+        if isinstance(error, ReplyFailed) and error.event is not None:
+            return error.event.rstrip() + b"\n\n"
         said = UpstreamBroken(f"The stream broke off: {error}")
-        request_id = self._request_id.decode("ascii")
-        self._reply.write(self._call.family.error_event(said, request_id, self._reading))
+        return self._call.family.error_event(said, self._request_id.decode("ascii"), reading)
+
+    def finish(self, ending: bytes) -> None:
+        """The client has all of a stream but its ending."""
+        self._reply.write(ending)
         self._reply.end()
 
     async def _events(self, reading: Reading) -> None:
@@ -119,9 +163,8 @@ class Passage:
         finally:
             self._note_stream(reading)
         if reading.error is not None:
-            self._metrics.truncated.inc()
-            self._reply.close_after()
-        elif reading.broken:
+            raise ReplyFailed(f"it failed in its stream: {_excerpt(reading.error)}", event=reading.error)
+        if reading.broken:
             raise ReplyCut("the replica ended its stream without saying that it is whole")
         self._reply.end()
 
@@ -157,10 +200,20 @@ class Passage:
             self._reply.end()
             return
         body = b"".join(parts)
+        if ABORTED in body and self._call.family.tokens:
+            raise ReplyFailed("it gave the request up")
         if self._exchange.head.status == 200:
             self._first_output()
             self._note_whole(body)
         self._reply.send(self._exchange.head.status, self._returned(), body)
+
+    async def _failed(self) -> None:
+        """An answer that another replica may better; kept for the client in case that none can."""
+        parts: list[bytes] = []
+        await self._exchange.body(parts.append)
+        body, head = b"".join(parts), self._exchange.head
+        message = f"it answered HTTP {head.status}: {_excerpt(body)}"
+        raise ReplyFailed(message, head.status, answer=(self._returned(), body))
 
     def _spill(self, parts: list[bytes]) -> None:
         """Passes on what was held, from the beginning."""
@@ -211,6 +264,19 @@ class Passage:
             self._metrics.prompt_tokens.inc(usage.prompt_tokens)
             self._metrics.cached_tokens.inc(usage.cached_tokens)
             self._metrics.output_tokens.inc(usage.completion_tokens or 0)
+
+
+def _excerpt(said: bytes) -> str:
+    return said[:EXCERPT_CHARS].decode(errors="replace").strip()
+
+
+def is_refusal(event: bytes) -> bool:
+    """Whether an engine's error event is about the request, which no other replica would answer either."""
+    try:
+        error = msgspec.json.decode(event[event.find(b"{") :], type=_ErrorEvent).error
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return False
+    return error is not None and 400 <= (error.code or 500) < 500
 
 
 def is_event_stream(head: Head) -> bool:

@@ -34,7 +34,8 @@ class Prompter:
         self._template = ChatTemplate(directory, config.chat_template, config.chat_template_content_format)
         self.reserved = self._template.reserved
         self._renderer = _own_renderer(directory)
-        encoder = Encoder(load(directory, read_config(directory)))
+        self._tokenizer = load(directory, read_config(directory))
+        encoder = Encoder(self._tokenizer)
         self.fast = encoder.fast
         self.text = encoder.encode
         token_ids.table()  # not while a request waits
@@ -51,6 +52,10 @@ class Prompter:
         Raises Unrenderable.
         """
         return self.text(self.render(messages, tools, **options), add_special_tokens)
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
+        """The text of token ids."""
+        return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def render(
         self, messages: Sequence[Any], tools: Sequence[Mapping[str, Any]] | None, **options: Any

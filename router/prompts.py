@@ -68,6 +68,7 @@ NULL, FALSE = b"null", b"false"
 IDLE: Mapping[str, tuple[bytes, ...]] = MappingProxyType(
     {"echo": (NULL, FALSE), "return_prompt_text": (NULL, FALSE)} | dict.fromkeys(OTHER_PROMPT, (NULL,))
 )
+SENT_BY_CLIENT = "the client sent token ids"
 # With these no tool can be called.
 NO_TOOL = ("none", {"type": "none"})
 
@@ -83,12 +84,14 @@ class Unread(Exception):
 class Reading:
     """What was made of a request. `prompt`: None where its family has none.
 
-    `sendable`: the engine may be given the token ids in place of the text. `reason`: why not.
+    `sendable`: the engine may be given the token ids in place of the text. `reason`: why not. `exact`: the
+    ids are all that the engine reads, so they may be given to it with output behind them.
     """
 
     prompt: Prompt | None
     sendable: bool = False
     reason: str = ""
+    exact: bool = False
 
 
 UNREAD = Reading(None, reason="the policy does not go by prompts")
@@ -126,10 +129,11 @@ def read(call: Call, prompter: Prompter | None, adapter: str | None = None, lack
         tokens = _tokens(call, reader, prompter)
     except Exception as error:  # bodies hold whatever clients send: the engine is to judge this one
         return _by_text(call.fields, reader, root, _why(error))
-    withheld = tokens.withheld or _foreign_member(call.fields, reader.harmless)
+    withheld = _foreign_member(call.fields, reader.harmless) or tokens.withheld
     if not tokens.ids:
         withheld = "the prompt is empty"
-    return Reading(Prompt(len(tokens.ids) // TOKEN_BYTES, tokens.ids, root=root), not withheld, withheld)
+    prompt = Prompt(len(tokens.ids) // TOKEN_BYTES, tokens.ids, root=root)
+    return Reading(prompt, not withheld, withheld, exact=withheld in ("", SENT_BY_CLIENT))
 
 
 def _tokens(call: Call, reader: Reader, prompter: Prompter) -> Tokens:
@@ -195,7 +199,7 @@ def _completion(fields: Fields, prompter: Prompter) -> Tokens:
         return Tokens(prompter.text(prompt, _member(fields, "add_special_tokens", bool, True)))
     if any(isinstance(part, str | list) for part in prompt):
         raise Unread("there are several prompts")
-    return Tokens(_packed(prompt), "the client sent token ids")
+    return Tokens(pack(prompt), SENT_BY_CLIENT)
 
 
 def _messages(fields: Fields, prompter: Prompter) -> Tokens:
@@ -233,7 +237,7 @@ def _response(fields: Fields, prompter: Prompter) -> Tokens:
 def _generate(fields: Fields, prompter: Prompter) -> Tokens:
     if _given(fields, "features"):
         raise Unread("the prompt is not text alone")
-    return Tokens(_packed(_required(fields, "token_ids", list)))
+    return Tokens(pack(_required(fields, "token_ids", list)))
 
 
 READERS: Mapping[str, Reader] = MappingProxyType(
@@ -302,7 +306,8 @@ def _is_plain(value: object) -> bool:
     return value is None or (isinstance(value, bool | int | float) and abs(value) <= MAX_VARIABLE)
 
 
-def _packed(ids: Sequence[int]) -> bytes:
+def pack(ids: Sequence[int]) -> bytes:
+    """Token ids as prompts have them."""
     return array("I", ids).tobytes()
 
 

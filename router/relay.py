@@ -1,7 +1,8 @@
 """The life of one request: read, placed, sent, its reply passed on.
 
 Here, and only here, an ApiError becomes an HTTP reply. A request that failed before anything was sent to the
-client goes to another replica; after that the client is told, in the stream.
+client goes to another replica. After that its stream goes on elsewhere where that can be done exactly; else
+the client is told, in the stream.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from random import getrandbits
 from typing import Any
@@ -24,14 +25,17 @@ from router.affinity import affinity_key, session
 from router.arrivals import Arrivals
 from router.caches import Caches
 from router.config import RouterConfig
+from router.continuation import Continuation, Leg, NotContinuable
 from router.core.fleet import Fleet, Flight, Replica, View
 from router.core.placement import KEYED, POLICIES, PROMPTED, Placement
+from router.core.retry_budget import RetryBudget
 from router.decisions import Decision, Decisions
 from router.errors import (
     ApiError,
     ConnectFailed,
     MethodNotAllowed,
     NoCapacity,
+    ReplyFailed,
     UnknownModel,
     UnknownRoute,
     UpstreamBroken,
@@ -44,28 +48,39 @@ from router.http.upstream import Exchange, Upstreams
 from router.keepers import Keepers
 from router.metrics import Metrics, ModelMetrics
 from router.passage import Passage
-from router.prompts import UNREAD, Reading
 
 log = logging.getLogger(__name__)
 
 JSON = (b"content-type", b"application/json")
 MODEL_PATH = "/v1/models/"
 MAX_REQUEST_ID = 128  # longer ones are not identifiers; they would end up in logs and engine ids
+# A request that had a replica, and lost it with all others, waits so long for one (seconds).
+PATIENCE_S = 10.0
 
 
 @dataclass(slots=True)
 class Journey:
-    """One request between its arrival and its end: what it asks, where it is, when what happened."""
+    """One request between its arrival and its end: what it asks, where it is, when what happened.
+
+    `keeper`: the only replica that can answer it. `asked`, `leg`: what the client asked, and what the replica
+    that is tried now is asked.
+    """
 
     call: openai_api.Call
     request: Request
     request_id: bytes
     reply: Reply
     metrics: ModelMetrics
-    reading: Reading = UNREAD
+    keeper: str | None = None
+    asked: Leg = field(init=False)
+    leg: Leg = field(init=False)
+    tries: int = 0
     decision: Decision | None = None
     flight: Flight | None = None
     passage: Passage | None = None
+
+    def __post_init__(self) -> None:
+        self.asked = self.leg = Leg(self.call)
 
 
 class Relay:
@@ -99,6 +114,8 @@ class Relay:
         self._placed = placed
         self._promised = promised
         self._keepers = Keepers(fleet, watch)
+        self._continuation = Continuation(config.continuation, caches.tokenizers)
+        self._budget = RetryBudget()
         self.decisions = Decisions(config.policy, config.decisions, metrics.decisions)
         self.arrivals = Arrivals()
         self._started = int(time.time())
@@ -116,7 +133,8 @@ class Relay:
                 call = self._read(family, request)
                 keeper = self._keepers.of(call) if call.kept else None
                 model = call.model
-                await self._carry(Journey(call, request, request_id, reply, self._metrics.of(model)), keeper)
+                metrics = self._metrics.of(model)
+                await self._carry(Journey(call, request, request_id, reply, metrics, keeper))
             code = reply.status
         except ApiError as error:
             code = error.status
@@ -194,45 +212,101 @@ class Relay:
             return openai_api.parse_form(family, content_type, request.body, self._aliases)
         return openai_api.parse(family, request.body, self._aliases, allow_transfer=self._allow_transfer)
 
-    async def _carry(self, journey: Journey, keeper: str | None) -> None:
-        """Tries replicas until one has answered; each is tried once. `keeper`: the only one that can."""
+    async def _carry(self, journey: Journey) -> None:
+        """Tries replicas until one has answered."""
         key = affinity_key(journey.call, journey.request.headers) if self._keyed else None
         if self._prompted or self.arrivals.wanted(journey.request.received_at):
-            journey.reading = await self._tokenizers.read(journey.call)
+            journey.asked = journey.leg = Leg(journey.call, await self._tokenizers.read(journey.call))
         tried: frozenset[str] = frozenset()
+        failure: UpstreamError | None = None
         while True:
-            decision = journey.decision = self._place(journey, key, keeper, tried)
-            replica_id = decision.standing.id
+            decision = self._place(journey, key, tried)
+            if decision is None:
+                if failure is None or not await self._watch.comes(journey.call.model, PATIENCE_S):
+                    self._give_up(journey, failure)
+                    return
+                tried = frozenset()
+                continue
             try:
                 await self._try(journey, decision)
+                self._watch.answered(decision.standing.id)
                 return
             except UpstreamError as error:
-                self._blame(replica_id, error, journey)
-                if journey.reply.started:
-                    assert journey.passage is not None
-                    journey.metrics.truncated.inc()
-                    journey.passage.break_off(error)
-                    return
-                tried |= {replica_id}
+                failure = error
+            self._blame(decision.standing.id, failure, journey.metrics)
+            if not self._goes_on(journey, failure):
+                return
+            tried |= {decision.standing.id}
 
-    def _place(
-        self, journey: Journey, key: int | None, keeper: str | None, tried: frozenset[str]
-    ) -> Decision:
+    def _place(self, journey: Journey, key: int | None, tried: frozenset[str]) -> Decision | None:
+        """The next replica; None if there is none."""
         model, now = journey.call.model, asyncio.get_running_loop().time()
         placement: Placement | None
-        if keeper is None:
-            view = self._fleet.view(model, getrandbits(64), key, now, journey.reading.prompt).without(tried)
+        if journey.keeper is None:
+            view = self._fleet.view(model, getrandbits(64), key, now, journey.leg.reading.prompt)
+            if journey.leg.rest is not None:
+                tried |= {standing.id for standing in view.replicas if not standing.takes_ids}
+            view = view.without(tried)
             placement = self._policy(view)
         else:
-            placement = self._keepers.place(keeper, model, tried)
+            placement = self._keepers.place(journey.keeper, model)
             view = View((placement.standing,), now=now)
-        if placement is not None:
-            return self.decisions.placed(journey.request_id, model, view, placement, journey.decision)
-        if tried:
-            raise UpstreamBroken(
-                f"The request failed on all {len(tried)} replicas of {model!r} that were ready"
-            )
-        raise NoCapacity(f"No replica of {model!r} can take requests now", retry_after=RETRY_AFTER_S)
+        if placement is None:
+            return None
+        if not journey.tries:
+            self._budget.placed(placement.standing.in_flight + 1, now)
+        journey.tries += 1
+        journey.decision = self.decisions.placed(journey.request_id, model, view, placement, journey.decision)
+        return journey.decision
+
+    def _goes_on(self, journey: Journey, failure: UpstreamError) -> bool:
+        """After a failure: whether another replica is to be tried. If not, the client has been told."""
+        refused = isinstance(failure, ReplyFailed) and failure.status < 500
+        if journey.keeper is not None and not journey.reply.started:
+            self._keepers.place(journey.keeper, journey.call.model)  # raises if it is down by now
+        if refused or journey.keeper is not None:
+            self._give_up(journey, failure)
+            return False
+        if journey.reply.started and not self._continues(journey, failure):
+            return False
+        if not self._budget.take(asyncio.get_running_loop().time()):
+            journey.metrics.retries["refused"].inc()
+            self._give_up(journey, failure)
+            return False
+        return True
+
+    def _continues(self, journey: Journey, failure: UpstreamError) -> bool:
+        """Whether a stream that broke goes on at another replica. If not, the client has its end."""
+        passage, flight = journey.passage, journey.flight
+        assert passage is not None and flight is not None
+        try:
+            onward = self._continuation.onward(journey.asked, passage.stream, flight.cached.tokens)
+        except NotContinuable as why:
+            log.warning("request %s cannot go on elsewhere: %s", journey.request_id.decode("latin-1"), why)
+            journey.metrics.continuations["impossible"].inc()
+            self._give_up(journey, failure)
+            return False
+        if isinstance(onward, bytes):
+            passage.finish(onward)
+            journey.metrics.continuations["finished"].inc()
+            return False
+        journey.leg = onward
+        journey.metrics.continuations["continued"].inc()
+        return True
+
+    def _give_up(self, journey: Journey, failure: UpstreamError | None) -> None:
+        """No replica answers: the client gets what the last one said, or an error of ours."""
+        model = journey.call.model
+        if failure is None:
+            raise NoCapacity(f"No replica of {model!r} can take requests now", retry_after=RETRY_AFTER_S)
+        if journey.reply.started or (isinstance(failure, ReplyFailed) and failure.event is not None):
+            assert journey.passage is not None
+            journey.passage.break_off(failure)
+        elif isinstance(failure, ReplyFailed) and failure.answer is not None:
+            journey.reply.send(failure.status, *failure.answer)
+        else:
+            tries = f"{journey.tries} tries" if journey.tries > 1 else "one try"
+            raise UpstreamBroken(f"No replica of {model!r} answered, in {tries}; the last: {failure}")
 
     async def _try(self, journey: Journey, decision: Decision) -> None:
         """One attempt on one replica, counted for as long as it lasts."""
@@ -241,11 +315,10 @@ class Relay:
         upstream = self._upstreams.at(replica.url)
         prompt_ids = self._prompt_ids(journey, decision)
         message = upstream_message(journey, replica, upstream.authority, prompt_ids)
-        self._metrics.overhead.observe(loop.time() - journey.request.received_at)
-        call, prompt = journey.call, journey.reading.prompt
-        journey.flight = self._fleet.started(
-            replica.id, loop.time(), prompt, decision.cached, silent=not call.stream
-        )
+        if journey.tries == 1:
+            self._metrics.overhead.observe(loop.time() - journey.request.received_at)
+        prompt, silent = journey.leg.reading.prompt, not journey.call.stream
+        journey.flight = self._fleet.started(replica.id, loop.time(), prompt, decision.cached, silent=silent)
         self._placed(replica.id)
         decision.ttft_s = journey.flight.forecast.ttft_s
         try:
@@ -260,14 +333,16 @@ class Relay:
 
     def _prompt_ids(self, journey: Journey, decision: Decision) -> bytes | None:
         """The prompt's token ids if the replica is to get them in place of the text; some are checked."""
-        reading, standing = journey.reading, decision.standing
+        leg, standing = journey.leg, decision.standing
+        reading = leg.reading
         if reading.prompt is None or not reading.sendable or not standing.takes_ids:
             decision.token_ids = reading.reason or standing.trust_reason
             return None
         decision.token_ids = "sent"
         prompt_ids = reading.prompt.token_ids
         assert prompt_ids is not None
-        self._parity.sampled(journey.request_id, journey.call, standing.id, prompt_ids)
+        if leg.rest is None:
+            self._parity.sampled(journey.request_id, leg.call, standing.id, prompt_ids)
         return prompt_ids
 
     async def _pass_on(self, journey: Journey, decision: Decision, exchange: Exchange) -> None:
@@ -281,20 +356,22 @@ class Relay:
             journey.metrics,
             partial(self._first_output, journey),
             self.decisions.headers(decision),
+            journey.leg.rest,
+            self._continuation.notes(journey.leg),
         )
         try:
             await passage.run()
         finally:
             decision.answered(passage.usage, passage.error)
             if passage.usage is not None:
-                self._parity.reported(flight, journey.reading.prompt, passage.usage)
+                self._parity.reported(flight, journey.leg.reading.prompt, passage.usage)
             if call.family.keeps:
                 self._keepers.learn(passage.response_id, flight.standing.id)
         came_at, now = journey.request.received_at, asyncio.get_running_loop().time()
         journey.metrics.duration.observe(now - came_at)
         if decision.usage is not None and self.arrivals.wanted(now):
             named = session(journey.request.headers)
-            self.arrivals.note(came_at, decision.usage, journey.reading.prompt, named)
+            self.arrivals.note(came_at, decision.usage, journey.leg.reading.prompt, named)
 
     # -- what is noted
 
@@ -304,20 +381,25 @@ class Relay:
         if (ratio := journey.decision.first_output(now)) is not None:
             journey.metrics.ttft_ratio.observe(ratio)
         self._fleet.first_token(journey.flight, now)
-        journey.metrics.ttft.observe(now - journey.request.received_at)
+        if journey.leg.rest is None:
+            journey.metrics.ttft.observe(now - journey.request.received_at)
 
     # -- what goes wrong
 
-    def _blame(self, replica_id: str, error: UpstreamError, journey: Journey) -> None:
-        log.warning("replica %s: %s", replica_id, error)
-        if isinstance(error, ConnectFailed):
-            reason = "connect"
-            self._watch.unreachable(replica_id)
-        else:
-            reason = "cut"
-            self._watch.suspect(replica_id)
-        if not journey.reply.started:
-            journey.metrics.retries[reason].inc()
+    def _blame(self, replica_id: str, failure: UpstreamError, metrics: ModelMetrics) -> None:
+        log.warning("replica %s: %s", replica_id, failure)
+        match failure:
+            case ConnectFailed():
+                metrics.retries["connect"].inc()
+                self._watch.unreachable(replica_id)
+            case ReplyFailed(status=503) | ReplyFailed(status=400):
+                metrics.retries["failed"].inc()  # full, or right: no fault of the replica
+            case ReplyFailed():
+                metrics.retries["failed"].inc()
+                self._watch.failing(replica_id)
+            case _:
+                metrics.retries["cut"].inc()
+                self._watch.suspect(replica_id)
 
     def _tell(
         self, error: ApiError, family: openai_api.Family | None, reply: Reply, request_id: bytes
@@ -348,10 +430,12 @@ def _stream_tokens(journey: Journey) -> int:
 
 def upstream_message(journey: Journey, replica: Replica, authority: bytes, prompt_ids: bytes | None) -> bytes:
     """The request as the engine gets it."""
-    call, request = journey.call, journey.request
+    call, request_id = journey.leg.call, journey.request_id
     nameless = call.kept is not None and call.kept.nameless
     body = call.upstream_body(responses_api.new_id(replica.id) if nameless else None, prompt_ids)
-    return message(request, body, journey.request_id, authority)
+    if journey.tries > 1:
+        request_id += b"-%d" % journey.tries  # an engine that was given up may still know the first
+    return message(journey.request, body, request_id, authority)
 
 
 def message(request: Request, body: bytes, request_id: bytes, authority: bytes) -> bytes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,6 +102,11 @@ class Tokenizers:
         prompt = (await self.read(call)).prompt
         assert prompt is not None
         return prompt
+
+    def decoder(self, model: str) -> Callable[[Sequence[int], bool], str] | None:
+        """What makes text of a model's token ids, as of Prompter.decode; None without a tokenizer."""
+        entry = self._by_name.get(model)
+        return entry.prompter.decode if entry is not None and entry.prompter is not None else None
 
     def lacking(self, model: str) -> str | None:
         """Why a model's requests are known by their text; None if they are known by their tokens."""

@@ -17,7 +17,7 @@ import msgspec
 from router.core.blocks import TEXT_BLOCK_TOKENS, Keys, Prompt
 from router.core.kv_events import AllBlocksCleared, KVEvent
 from router.core.kv_index import HISTORY, KVIndex, bits_of
-from router.core.step_model import StepModel, fade
+from router.core.step_model import STEP_TOKENS, StepModel, fade
 
 # A router with a share of the replicas leaves it while it has so many times the average to do: then a cache
 # is worth less than a place. As for the bound of consistent_hash, small differences are no reason.
@@ -58,9 +58,10 @@ class Replica:
 
 
 class State(StrEnum):
-    """Whether a replica is given requests."""
+    """Whether a replica is given requests. Those that are suspect are, where no other is ready."""
 
     READY = "ready"
+    SUSPECT = "suspect"
     DOWN = "down"
 
 
@@ -108,7 +109,8 @@ class Standing:
     `bit`: its place in the KV index. `key_blocks`: how many tokens one of its keys covers; 0 for text keys.
     `judged`: its trust was looked into, which a router does only for those whose caches it is to know.
     `takes_ids`: its engine renders and tokenises as the router does, so the router's token ids may be sent.
-    `elsewhere`: what the other routers have there.
+    `streams`: those in flight that are heard of before their end. `elsewhere`: what the other routers have
+    there.
     """
 
     replica: Replica
@@ -117,6 +119,7 @@ class Standing:
     state: State = State.READY
     since: float = 0.0
     in_flight: int = 0
+    streams: int = 0
     awaiting_first_token: int = 0
     finished: int = 0
     failures: int = 0
@@ -182,6 +185,13 @@ class Standing:
         """Seconds of a step that only decodes, with all that decode here now."""
         others = self.elsewhere
         return self.steps.step_s(self.decoding + others.decoding, self.context + others.context)
+
+    def next_output_s(self, now: float) -> float:
+        """Seconds within which something is to be heard of the streams here, counted from the last time."""
+        longest = self.step_s() + min(self.backlog_s(now), self.steps.prefill_s(STEP_TOKENS))
+        if self.decoding or not self.prefills:
+            return longest
+        return min(flight.forecast.ttft_s for flight in self.prefills.values())
 
     def forecast(self, num_tokens: int, cached: Cached, now: float) -> Forecast:
         """What a prompt of so many tokens would meet here."""
@@ -322,8 +332,14 @@ class Fleet:
         standing.failures += 1
         return True
 
+    def suspected(self, replica_id: str, now: float) -> bool:
+        """Something is odd about the replica: others come first. True if that is news."""
+        standing = self._standings.get(replica_id)
+        ready = standing is not None and standing.state is State.READY
+        return standing is not None and ready and self._move(standing, State.SUSPECT, now)
+
     def recovered(self, replica_id: str, now: float) -> bool:
-        """The replica answered a probe. True if it had been down."""
+        """The replica answered a probe. True if it had been down or suspect."""
         standing = self._standings.get(replica_id)
         return standing is not None and self._move(standing, State.READY, now)
 
@@ -408,6 +424,7 @@ class Fleet:
         standing.recent_s = standing._own_recent_s(now) + flight.forecast.prefill_s
         standing.recent_at = now
         standing.in_flight += 1
+        standing.streams += not silent
         standing.awaiting_first_token += 1
         self._turns += 1
         return flight
@@ -458,6 +475,7 @@ class Fleet:
         if flight.expected:
             self.index.withdraw(flight.known_by, flight.expected)
         standing.in_flight -= 1
+        standing.streams -= not flight.silent
         standing.finished += 1
 
     def _prefilled(self, flight: Flight, now: float) -> None:
@@ -515,11 +533,14 @@ class Fleet:
         """The model's ready replicas; of a share only those in it, unless they have too much to do."""
         found = self._ready.get(model)
         if found is None:
-            every = tuple(s for s in self if s.state is State.READY and model in s.replica.models)
+            every = self._serving(model, State.READY) or self._serving(model, State.SUSPECT)
             own = tuple(s for s in every if self.knows(s.id))
             found = self._ready[model] = (own, every)
         own, every = found
         return own if len(own) == len(every) or (own and not _overfull(own, every)) else every
+
+    def _serving(self, model: str, state: State) -> tuple[Standing, ...]:
+        return tuple(s for s in self if s.state is state and model in s.replica.models)
 
     def _cached(self, ready: tuple[Standing, ...], prompt: Prompt) -> dict[str, Cached]:
         found: dict[str, Cached] = {}

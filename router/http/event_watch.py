@@ -53,7 +53,8 @@ UNKNOWN = Ending(said=False)
 class EventWatch:
     """One stream on its way to the client: `feed` takes what the engine sent, returns what the client gets.
 
-    A stream that failed does not end as if it were whole: vLLM says [DONE] after an error, which is dropped.
+    An error is withheld, and all behind it: vLLM says [DONE] after one. Whether the client is told of it is
+    not decided here.
     """
 
     ending: Ending
@@ -85,17 +86,20 @@ class EventWatch:
 
     def _event(self, event: bytes) -> bytes:
         """One event with its blank line, and what of it goes on."""
+        if self.error is not None:
+            return b""
         name, ending = self._name(event), self.ending
         if name in ending.counts:
             self.counts.append(event)
+        if name in ending.failed:
+            self.error = event
+            return b""
         if name.endswith(ending.output):
             self.events += 1
         elif name in ending.whole or name == DONE:
-            if self.error is not None or self._given_up:
+            if self._given_up:
                 return b""
             self.done = self.done or name in ending.whole
-        elif name in ending.failed:
-            self.error = event
         if name:
             self.first = self.first or event
             self.last = event

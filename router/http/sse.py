@@ -14,6 +14,7 @@ from typing import Annotated
 import msgspec
 
 from router.http.token_chunk import each_without_ids, without_ids
+from router.http.transcript import Transcript
 
 # Takes a read that begins with an HTTP chunk; False, and nothing done, if it is not of the kind it knows.
 Shortcut = Callable[[bytes], bool]
@@ -27,6 +28,8 @@ _QUOTE, _BRACKET, _COMMA = b'"],'
 DONE_DATA = (b"data: [DONE]", b"data:[DONE]")
 ERROR_DATA = (b'data: {"error"', b'data:{"error"')
 _NO_CHOICE = (b'"choices":[]', b'"choices": []')
+# A choice that the engine gave up, though its stream ends as if all was well.
+_ABORT = (b'"finish_reason":"abort"', b'"finish_reason": "abort"')
 
 
 class StreamTooLong(ValueError):
@@ -114,14 +117,17 @@ class Splitter:
 class EventStream:
     """One stream on its way to the client: `feed` takes what the engine sent, returns what the client gets.
 
-    `keep_ids` and `keep_usage` say what the client asked for itself.
+    `keep_ids` and `keep_usage` say what the client asked for itself. `transcript`: what the client was told,
+    kept for a stream that may have to go on elsewhere. An error is withheld, and all behind it: whether the
+    client is told of it is not decided here.
     """
 
     keep_ids: bool = False
     keep_usage: bool = False
+    transcript: Transcript | None = None
     usage: Usage | None = None
     done: bool = False  # the engine said [DONE]
-    error: bytes | None = None  # the engine's error event, as it came
+    error: bytes | None = None  # the event in which the engine failed, as it came
     _ids: bytearray = field(default_factory=bytearray)  # of each event in turn, closed by a bracket: 1,2]3]
     _besides: int = 0  # events passed on that told no ids, less those dropped that did
     _splitter: Splitter = field(default_factory=Splitter)
@@ -137,6 +143,7 @@ class EventStream:
         """
         if self.keep_ids:
             return None
+        note = self.transcript.note_chunks if self.transcript is not None else None
 
         def pass_on(read: bytes) -> bool:
             found = without_ids(read) or each_without_ids(read)
@@ -144,6 +151,8 @@ class EventStream:
                 return False
             ids, rest = found
             self._ids += ids
+            if note is not None:
+                note(rest)
             write(rest)
             return True
 
@@ -175,20 +184,24 @@ class EventStream:
 
     def _event(self, event: bytes) -> bytes:
         """One event with its blank line; what remains of it."""
+        if self.error is not None:
+            return b""
+        if event.startswith(ERROR_DATA) or _ABORT[0] in event or _ABORT[1] in event:
+            self.error = event.rstrip()
+            return b""
+        if event.startswith(DONE_DATA):
+            self.done = True
+            return event
+        if self.transcript is not None:
+            self.transcript.note(event)
         at = event.rfind(_IDS)
         if at >= 0:
             return self._with_ids(event, at)
-        if event.startswith(DONE_DATA):
-            self.done = True
-            return b"" if self.error is not None else event
-        if event.startswith(ERROR_DATA):
-            self.error = event.rstrip()
-        elif b'"usage":' in event and (_NO_CHOICE[0] in event or _NO_CHOICE[1] in event):
+        if b'"usage":' in event and (_NO_CHOICE[0] in event or _NO_CHOICE[1] in event):
             self.usage = usage_of(event[event.find(b"{") :])
             return event if self.keep_usage else b""
-        else:
-            # An engine that knows nothing of token ids; the event that only names the role is no output.
-            self._besides += b'"choices":[{' in event and b'"role":' not in event
+        # An engine that knows nothing of token ids; the event that only names the role is no output.
+        self._besides += b'"choices":[{' in event and b'"role":' not in event
         return event
 
     def _with_ids(self, event: bytes, at: int) -> bytes:

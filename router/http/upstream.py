@@ -42,6 +42,8 @@ class Connection(asyncio.Protocol):
         self._clear()
 
     def _clear(self) -> None:
+        self._pool.busy.discard(self)
+        self.paused = False
         self.received_any = False
         self._buffer = b""
         self._head: asyncio.Future[Head] | None = None
@@ -58,6 +60,7 @@ class Connection(asyncio.Protocol):
         if self._lost:
             raise ReplyCut("the connection was closed")
         self.exchanges += 1
+        self._pool.busy.add(self)
         self._head = self._loop.create_future()
         self._transport.write(message)
         return await self._head
@@ -96,10 +99,12 @@ class Connection(asyncio.Protocol):
 
     def pause_reading(self) -> None:
         """The client is slow: let the engine's bytes wait in its socket."""
+        self.paused = True
         if not self._transport.is_closing():
             self._transport.pause_reading()
 
     def resume_reading(self) -> None:
+        self.paused = False
         if not self._transport.is_closing():
             self._transport.resume_reading()
 
@@ -109,6 +114,7 @@ class Connection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)  # uvloop's does not derive from it
 
     def data_received(self, data: bytes) -> None:
+        self._pool.heard = True
         shortcut = self._shortcut
         if shortcut is not None and shortcut(data):
             return
@@ -214,7 +220,10 @@ class Exchange:
 
 
 class Upstream:
-    """The connections to one replica; idle ones are used again, the latest first."""
+    """The connections to one replica; idle ones are used again, the latest first.
+
+    `busy`: those in use. `heard`: something came from the replica since somebody set this to False.
+    """
 
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
@@ -224,6 +233,8 @@ class Upstream:
         self.port = parts.port or 80
         self.authority = parts.netloc.encode("ascii")
         self._idle: list[Connection] = []  # the latest used last
+        self.busy: set[Connection] = set()
+        self.heard = False
         self._closed = False
 
     async def exchange(self, message: bytes) -> Exchange:
@@ -282,6 +293,16 @@ class Upstream:
         with contextlib.suppress(ValueError):
             self._idle.remove(connection)
 
+    @property
+    def listening(self) -> bool:
+        """Whether what the replica says would be heard: not while all clients are slow."""
+        return not all(connection.paused for connection in self.busy)
+
+    def cut(self) -> None:
+        """Ends all connections now: nothing more is expected of the replica."""
+        for connection in (*self.busy, *self._idle):
+            connection.drop()
+
     def close(self) -> None:
         """Ends idle connections now, those in use with their exchange."""
         self._closed = True
@@ -301,6 +322,15 @@ class Upstreams:
         if upstream is None:
             upstream = self._upstreams[url] = Upstream(url)
         return upstream
+
+    def known(self, url: str) -> Upstream | None:
+        """The connections to the replica at this URL, if there ever were any."""
+        return self._upstreams.get(url)
+
+    def cut(self, url: str) -> None:
+        """Nothing more is expected of the replica at this URL."""
+        if (upstream := self._upstreams.get(url)) is not None:
+            upstream.cut()
 
     def drop(self, url: str) -> None:
         """The replica at this URL left the fleet."""
