@@ -290,8 +290,9 @@ class Watch:
             return False
         if odd and not await self._generates(endpoint):
             return False
-        self._silent.discard(endpoint.id)
-        del self._failures[endpoint.id]
+        if odd:
+            self._silent.discard(endpoint.id)
+            del self._failures[endpoint.id]
         return True
 
     async def _generates(self, endpoint: Endpoint) -> bool:

@@ -238,6 +238,8 @@ class Passage:
         self._reply.end()
 
     def _begin(self) -> None:
+        if self._rest is not None:
+            return  # the client has a head
         head = self._exchange.head
         length = None if self._reading is not None else head.length
         self._reply.start(head.status, self._returned(), length)

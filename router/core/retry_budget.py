@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 # Finagle's and gRPC's budgets allow a fifth as well, over ten seconds.
 SHARE, WINDOW_S = 0.2, 10
+# Where there is hardly any traffic a fifth of it is nothing.
+LEAST = 10
 # All requests of one replica fail at once when it dies. They may all go elsewhere, and once again.
 BURSTS = 2
 
@@ -38,7 +40,7 @@ class RetryBudget:
         """Spends one try, if there is one."""
         second = self._second(now)
         lately = [s for s in self._ring if s.at > second.at - WINDOW_S]
-        budget = SHARE * sum(s.requests for s in lately) + BURSTS * max(s.largest for s in lately)
+        budget = LEAST + SHARE * sum(s.requests for s in lately) + BURSTS * max(s.largest for s in lately)
         if sum(s.retries for s in lately) + 1 > budget:
             return False
         second.retries += 1
