@@ -8,22 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from router.core.placement import POLICIES, kv_aware
 from router.decisions import DecisionsConfig
 from router.errors import ConfigError
 from router.http.cors import Cors
 from router.http.requests import Limits
+from router.settings import checked, read_yaml
+from router.tenants import TenantsConfig
 from router.tokenizer_config import TokenizerConfig
 from workers.engine import EngineSpec
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 Name = Annotated[str, Field(min_length=1)]
-Config = TypeVar("Config", bound=BaseModel)
 
 
 class RouterConfig(BaseModel):
@@ -35,7 +35,7 @@ class RouterConfig(BaseModel):
     (router/tokenizer_config.py). `allow_kv_transfer_params`: clients may send their own. `aliases`: other
     names of models, each with the name that engines know. `limits`: of what clients send
     (router/http/requests.py). `cors`: which web pages may call (router/http/cors.py). `decisions`: what is
-    told of placements (router/decisions.py).
+    told of placements (router/decisions.py). `tenants`: whose requests are taken (router/tenants.py).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -53,6 +53,7 @@ class RouterConfig(BaseModel):
     limits: Limits = Limits()
     cors: Cors = Cors()
     decisions: DecisionsConfig = DecisionsConfig()
+    tenants: TenantsConfig = TenantsConfig()
 
     @field_validator("policy")
     @classmethod
@@ -134,22 +135,17 @@ def parse(args: Mapping[str, Any]) -> FleetConfig:
     """The `args:` of the application; raises ConfigError that names the key."""
     if not isinstance(args, Mapping):
         raise ConfigError("args: a mapping with `models` and `router` is expected")
-    return _checked(FleetConfig, args)
+    return checked(FleetConfig, args)
 
 
 def parse_router(settings: Mapping[str, Any]) -> RouterConfig:
     """A router's settings by themselves, as `herd route` has them; raises ConfigError that names the key."""
-    return _checked(RouterConfig, settings)
+    return checked(RouterConfig, settings)
 
 
 def load(path: Path) -> dict[str, Any]:
     """A Serve config file with one Herd application, checked; its content as `serve deploy` sends it."""
-    try:
-        document = yaml.safe_load(path.read_bytes())
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    document = read_yaml(path)
     try:
         application = application_of(document)
         parse(application.get("args") or {})
@@ -164,20 +160,3 @@ def application_of(document: Any) -> dict[str, Any]:
     if not isinstance(applications, list) or len(applications) != 1 or not isinstance(applications[0], dict):
         raise ConfigError("applications: exactly one application is expected (a Ray Serve config file)")
     return applications[0]
-
-
-def _checked(kind: type[Config], values: Mapping[str, Any]) -> Config:
-    try:
-        return kind.model_validate(dict(values))
-    except ValidationError as error:
-        raise ConfigError(_sentence(error)) from None
-
-
-def _sentence(error: ValidationError) -> str:
-    return "; ".join(_one(e["loc"], e["msg"]) for e in error.errors())
-
-
-def _one(loc: tuple[int | str, ...], message: str) -> str:
-    message = message.removeprefix("Value error, ")
-    where = ".".join(str(part) for part in loc)
-    return f"{where}: {message}" if where else message

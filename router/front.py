@@ -27,6 +27,7 @@ from router.place import Place, Successor, nobody
 from router.port import Contact
 from router.relay import Relay
 from router.shards import Shards
+from router.tenants import Tenants
 
 __all__ = ["Endpoint", "FrontDoor"]
 
@@ -63,6 +64,7 @@ class FrontDoor:
         self._caches = Caches(config, self.fleet, self.metrics)
         self._watch = Watch(self.fleet, self.metrics, self._caches)
         self._upstreams = Upstreams()
+        self._tenants = Tenants(config.tenants, self.metrics)
         self._gossip = Gossip(self.fleet, self.metrics, self._contacts)
         self._peer_host = peer_host
         self._met: list[Contact] | None = None
@@ -73,6 +75,7 @@ class FrontDoor:
             self._watch,
             self._caches,
             self._upstreams,
+            self._tenants,
             self._gossip.placed,
             promised,
         )
@@ -105,6 +108,7 @@ class FrontDoor:
 
     async def start(self) -> None:
         """Takes a place on the port, and opens the admin port; raises ListenError with one sentence."""
+        self._tenants.start()
         await self._caches.start()
         await self._watch.start()
         try:
@@ -178,6 +182,7 @@ class FrontDoor:
         await asyncio.gather(*(s.stop(grace_s, idle_s) for s in (self._front, self._direct)))
         self._gossip.stop()
         await self._place.leave()
+        self._tenants.stop()
         await self._watch.stop()
         await self._caches.stop()
         self._upstreams.close()

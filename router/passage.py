@@ -73,6 +73,11 @@ class Passage:
         """With what the engine ended its stream, if it was an error."""
         return self._reading.error if self._reading is not None else None
 
+    @property
+    def events(self) -> int:
+        """Of a stream, so many that carried output: about as many tokens."""
+        return self._reading.events if self._reading is not None else 0
+
     async def run(self) -> None:
         """Passes all of it on. Raises ReplyCut where something is missing."""
         self._reply.attach(self._exchange.connection)

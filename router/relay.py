@@ -40,11 +40,13 @@ from router.errors import (
 from router.health import RETRY_AFTER_S, Watch
 from router.http import headers
 from router.http.server import Reply, Request
+from router.http.sse import Usage
 from router.http.upstream import Exchange, Upstreams
 from router.keepers import Keepers
 from router.metrics import Metrics, ModelMetrics
 from router.passage import Passage
 from router.prompts import UNREAD, Reading
+from router.tenants import Tenant, Tenants
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +64,7 @@ class Journey:
     request_id: bytes
     reply: Reply
     metrics: ModelMetrics
+    tenant: Tenant
     reading: Reading = UNREAD
     decision: Decision | None = None
     flight: Flight | None = None
@@ -82,6 +85,7 @@ class Relay:
         watch: Watch,
         caches: Caches,
         upstreams: Upstreams,
+        tenants: Tenants,
         placed: Callable[[str], None],
         promised: tuple[str, ...] = (),
     ) -> None:
@@ -96,6 +100,7 @@ class Relay:
         self._tokenizers = caches.tokenizers
         self._parity = caches.parity
         self._upstreams = upstreams
+        self._tenants = tenants
         self._placed = placed
         self._promised = promised
         self._keepers = Keepers(fleet, watch)
@@ -108,15 +113,18 @@ class Relay:
         request_id = request_id_of(request)
         code = 499  # nginx's status for a client that left; seen in metrics only
         family = openai_api.family_of(request.method, request.path)
-        model = ""
+        model, tenant = "", None
         try:
-            if family is None:
+            tenant = self._tenants.of(request)
+            if family is None or tenant is None:
                 self._answer_own(request, reply, request_id)
             else:
-                call = self._read(family, request)
-                keeper = self._keepers.of(call) if call.kept else None
-                model = call.model
-                await self._carry(Journey(call, request, request_id, reply, self._metrics.of(model)), keeper)
+                with tenant.admit(request.received_at):
+                    call = self._read(family, request, tenant)
+                    keeper = self._keepers.of(call) if call.kept else None
+                    model = call.model
+                    metrics = self._metrics.of(model)
+                    await self._carry(Journey(call, request, request_id, reply, metrics, tenant), keeper)
             code = reply.status
         except ApiError as error:
             code = error.status
@@ -130,6 +138,8 @@ class Relay:
             self._tell(ApiError("The router failed on this request"), family, reply, request_id)
         finally:
             self._metrics.requests(model, family.path if family else "other", str(code)).inc()
+            if tenant is not None:
+                tenant.requests(str(code)).inc()
 
     # -- what the router answers itself
 
@@ -171,14 +181,14 @@ class Relay:
 
     # -- what replicas answer
 
-    def _read(self, family: openai_api.Family, request: Request) -> openai_api.Call:
+    def _read(self, family: openai_api.Family, request: Request, tenant: Tenant) -> openai_api.Call:
         if family is openai_api.STORED:
             response_id = openai_api.stored_id(request.path)
             kept = openai_api.Kept(about=response_id)
             return openai_api.Call(family, self._keepers.model_of(response_id), kept=kept)
         if request.method != "POST":
             raise MethodNotAllowed(request.path, "POST")
-        call = self._parse(family, request)
+        call = self._parse(family, request, tenant)
         if self._fleet.view(call.model).replicas:
             return call
         known = {*self._promised, *self._fleet.models()}
@@ -188,11 +198,14 @@ class Relay:
             raise self._unknown(call.model)
         return call
 
-    def _parse(self, family: openai_api.Family, request: Request) -> openai_api.Call:
+    def _parse(self, family: openai_api.Family, request: Request, tenant: Tenant) -> openai_api.Call:
         content_type = request.header(b"content-type") if family.forms else None
         if content_type is not None and multipart.is_form(content_type):
             return openai_api.parse_form(family, content_type, request.body, self._aliases)
-        return openai_api.parse(family, request.body, self._aliases, allow_transfer=self._allow_transfer)
+        allow_transfer = self._allow_transfer or tenant.allow_transfer
+        return openai_api.parse(
+            family, request.body, self._aliases, allow_transfer=allow_transfer, salt=tenant.salt
+        )
 
     async def _carry(self, journey: Journey, keeper: str | None) -> None:
         """Tries replicas until one has answered; each is tried once. `keeper`: the only one that can."""
@@ -280,12 +293,13 @@ class Relay:
             exchange,
             journey.metrics,
             partial(self._first_output, journey),
-            self.decisions.headers(decision),
+            [*self.decisions.headers(decision), *journey.tenant.headers(journey.request.received_at)],
         )
         try:
             await passage.run()
         finally:
             decision.answered(passage.usage, passage.error)
+            journey.tenant.used(_usage(journey, passage), asyncio.get_running_loop().time())
             if passage.usage is not None:
                 self._parity.reported(flight, journey.reading.prompt, passage.usage)
             if call.family.keeps:
@@ -346,21 +360,31 @@ def _stream_tokens(journey: Journey) -> int:
     return usage.completion_tokens or 0
 
 
+def _usage(journey: Journey, passage: Passage) -> Usage:
+    """What the engine reported; of a stream that was given up before that, what is known to have come."""
+    if passage.usage is not None:
+        return passage.usage
+    prompt = journey.reading.prompt
+    return Usage(prompt.num_tokens if prompt and passage.events else 0, passage.events)
+
+
 def upstream_message(journey: Journey, replica: Replica, authority: bytes, prompt_ids: bytes | None) -> bytes:
     """The request as the engine gets it."""
     call, request = journey.call, journey.request
     nameless = call.kept is not None and call.kept.nameless
     body = call.upstream_body(responses_api.new_id(replica.id) if nameless else None, prompt_ids)
-    return message(request, body, journey.request_id, authority)
+    return message(request, body, journey.request_id, authority, headers.to_engine(request.headers))
 
 
-def message(request: Request, body: bytes, request_id: bytes, authority: bytes) -> bytes:
-    """A client's request with this body, to an engine or another router."""
+def message(
+    request: Request, body: bytes, request_id: bytes, authority: bytes, passed: headers.Headers
+) -> bytes:
+    """A client's request with this body and these of its headers, to an engine or another router."""
     lines = [
         b"%b %b HTTP/1.1" % (request.method.encode("ascii"), request.target.encode("latin-1")),
         b"host: " + authority,
         b"content-length: %d" % len(body),
         b"x-request-id: " + request_id,
     ]
-    lines += [b"%b: %b" % header for header in headers.to_engine(request.headers)]
+    lines += [b"%b: %b" % header for header in passed]
     return b"\r\n".join(lines) + b"\r\n\r\n" + body
