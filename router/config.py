@@ -7,6 +7,7 @@ error names the key. `load` reads a whole Serve config file, the one that `serve
 from __future__ import annotations
 
 from collections.abc import Mapping
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,8 +18,9 @@ from router.decisions import DecisionsConfig
 from router.errors import ConfigError
 from router.http.cors import Cors
 from router.http.requests import Limits
+from router.keys import ADMIN_KEY
 from router.settings import checked, read_yaml
-from router.tenants import TenantsConfig
+from router.tenants import KeyHash, TenantsConfig
 from router.tokenizer_config import TokenizerConfig
 from workers.engine import EngineSpec
 
@@ -29,6 +31,8 @@ Name = Annotated[str, Field(min_length=1)]
 class RouterConfig(BaseModel):
     """The front door: where it listens and how it chooses. Port 0 takes any free one.
 
+    `admin_key`: the hash of the key that admin ports ask for (`herd key admin`); needed where they are not on
+    loopback. `admin_open_metrics`: `/metrics` is told without it.
     `replicas`: router processes; those on one machine share the port. `shards`: into how many shares the KV
     index is divided; with 1 every process holds all of it, with more it holds what belongs to its requests,
     and passes others' on (router/shards.py). `tokenizers`: by model, `*` for all others
@@ -44,6 +48,8 @@ class RouterConfig(BaseModel):
     port: Port = 8000
     admin_host: str = "127.0.0.1"
     admin_port: Port = 8001  # of the first router process on a machine; the next ones have the next ports
+    admin_key: KeyHash | None = None
+    admin_open_metrics: bool = False
     replicas: Annotated[int, Field(ge=1)] = 1
     shards: Annotated[int, Field(ge=1)] = 1
     policy: str = kv_aware.__name__
@@ -71,6 +77,20 @@ class RouterConfig(BaseModel):
         return aliases
 
     @model_validator(mode="after")
+    def _admin_is_not_open(self) -> RouterConfig:
+        if self.admin_key is None and not _is_loopback(self.admin_host):
+            raise ValueError(
+                f"admin_key: admin_host {self.admin_host} can be reached from other machines, "
+                f"so a key is needed (`herd key admin` makes one; or {ADMIN_KEY})"
+            )
+        return self
+
+    @property
+    def admin_unguarded(self) -> tuple[str, ...]:
+        """What the admin port tells without its key."""
+        return ("/health", "/metrics") if self.admin_open_metrics else ("/health",)
+
+    @model_validator(mode="after")
     def _owned(self) -> RouterConfig:
         if self.shards > self.replicas:
             raise ValueError(f"shards: {self.shards} need as many router processes, not {self.replicas}")
@@ -84,6 +104,13 @@ class RouterConfig(BaseModel):
         if self.port and self.admin_port and self.admin_port <= self.port <= last:
             raise ValueError(f"admin_port: {self.admin_port} to {last} are admin ports, port {self.port} too")
         return self
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 class Slo(BaseModel):

@@ -21,6 +21,7 @@ from router.gossip import Gossip
 from router.health import Endpoint, Watch
 from router.http.server import Server
 from router.http.upstream import Upstreams
+from router.keys import Guard
 from router.metrics import Metrics
 from router.openai_api import refusal
 from router.place import Place, Successor, nobody
@@ -65,7 +66,7 @@ class FrontDoor:
         self._watch = Watch(self.fleet, self.metrics, self._caches)
         self._upstreams = Upstreams()
         self._tenants = Tenants(config.tenants, self.metrics)
-        self._gossip = Gossip(self.fleet, self.metrics, self._contacts)
+        self._gossip = Gossip(self.fleet, self.metrics, self._contacts, lambda: self._tenants.quotas)
         self._peer_host = peer_host
         self._met: list[Contact] | None = None
         self._relay = Relay(
@@ -102,6 +103,8 @@ class FrontDoor:
             self._gossip,
             self._relay.decisions,
             self._relay.arrivals,
+            Guard(config.admin_key),
+            config.admin_unguarded,
         )
         self._admin = Server(admin, refusal, config.limits)
         self.metrics.connections.set_function(lambda: len(self._front.connections))

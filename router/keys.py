@@ -32,6 +32,11 @@ def new_key() -> str:
     return PREFIX + secrets.token_urlsafe(32)
 
 
+def new_secret() -> str:
+    """What cache salts can be made of."""
+    return secrets.token_hex(32)
+
+
 def hash_of(key: str) -> str:
     """A key as it is kept."""
     return HASH + sha256(key.encode()).hexdigest()

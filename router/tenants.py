@@ -193,6 +193,7 @@ class Tenants:
         self._looking: asyncio.Task[None] | None = None
         self._tenants: dict[str, Tenant] = {}
         self._by_key: dict[bytes, Tenant] = {}
+        self.quotas: dict[str, Quota] = {}  # of tenants that have limits
         self._anybody: Tenant | None = None
         if self._path is not None:
             self._take(load(self._path), 0.0)
@@ -224,11 +225,6 @@ class Tenants:
         told = "The API key is not known here" if keys else "An API key is needed: Authorization: Bearer KEY"
         raise Unauthorized(told)
 
-    @property
-    def quotas(self) -> dict[str, Quota]:
-        """Those that there is anything to keep to in, by tenant."""
-        return {name: tenant.quota for name, tenant in self._tenants.items() if tenant.quota.limited}
-
     async def _look(self, path: Path) -> None:
         while True:
             await asyncio.sleep(LOOK_S)
@@ -259,6 +255,7 @@ class Tenants:
                 tenant.change(config, file.secret, now)
             self._tenants[name] = tenant
             self._by_key.update((digest_in(key), tenant) for key in config.keys)
+        self.quotas = {name: t.quota for name, t in self._tenants.items() if t.quota.limited}
 
 
 def salt_of(name: str, config: TenantConfig, secret: str | None) -> Salt | None:
