@@ -34,9 +34,6 @@ DATAGRAM_FATES = ("sent", "unsent", "taken", "stale", "unknown", "forged", "malf
 # Whether the owner of a request answered it; where it failed the request was served by the first router.
 OWNER_OUTCOMES = ("passed", "failed")
 
-# What became of the file of tenants when it had changed.
-FILE_FATES = ("taken", "refused")
-
 # Of each model, by the field of ModelMetrics: its name for Prometheus, and what it is.
 COUNTERS = (
     ("prompt_tokens", "prompt_tokens", "Prompt tokens, as engines reported them."),
@@ -163,8 +160,10 @@ class Metrics:
         self._of_tenant = {
             field: self._counter(f"tenant_{name}", help_, "tenant") for field, name, help_ in TENANT_COUNTERS
         }
-        read = self._counter("tenants_file_reads", "Times the changed file of tenants was read.", "fate")
-        self.tenants_read = {fate: read.labels(fate) for fate in FILE_FATES}
+        self.tenants_file_refused = self._gauge(
+            "tenants_file_refused",
+            "1 while the file of tenants is wrong and the one before it counts.",
+        )
         self.peers = self._gauge("gossip_peers", "Other router processes that speak.")
         self.connections = self._gauge("client_connections", "Open client connections.")
         self._replicas = self._gauge("replicas", "Replicas by state.", "model", "state")

@@ -237,11 +237,11 @@ class Tenants:
         try:
             file = await asyncio.to_thread(load, path)
         except ConfigError as error:
-            self._metrics.tenants_read["refused"].inc()
+            self._metrics.tenants_file_refused.set(1)
             log.error("%s. The tenants before it stay", error)
             return
         self._take(file, asyncio.get_running_loop().time())
-        self._metrics.tenants_read["taken"].inc()
+        self._metrics.tenants_file_refused.set(0)
         log.info("%s was read again: %d tenants", path, len(self._tenants))
 
     def _take(self, file: TenantsFile, now: float) -> None:

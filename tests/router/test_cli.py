@@ -35,9 +35,9 @@ def run(*args: str) -> subprocess.CompletedProcess[str]:
         ("record",),
         ("route",),
         ("simulate",),
-        ("engine",),
         ("key",),
-    ],  # fmt: skip
+        ("engine",),
+    ],
 )
 def test_help_lists_options_and_needs_neither_ray_nor_the_router(command: tuple[str, ...]) -> None:
     loaded = (
