@@ -34,8 +34,11 @@ LOOK_S = 1.0
 OPEN_PATHS = frozenset({"/health", "/ready"})
 # The tenant of keys that have none, and that of everybody where there are no keys.
 DEFAULT, ANYBODY = "default", "anonymous"
-# As OpenAI's headers call what is limited.
-RATED = {Limit.REQUESTS: b"requests", Limit.TOKENS: b"tokens"}
+# As OpenAI's headers tell a limit, what is left of it, and when all of it is back.
+RATED = {
+    limit: tuple(b"x-ratelimit-%b-%b" % (what, name) for what in (b"limit", b"remaining", b"reset"))
+    for limit, name in ((Limit.REQUESTS, b"requests"), (Limit.TOKENS, b"tokens"))
+}
 
 Count = Annotated[int, Field(ge=1)]
 KeyHash = Annotated[str, Field(pattern=rf"^{HASH}[0-9a-f]{{64}}$")]
@@ -175,11 +178,10 @@ class Tenant:
     def headers(self, now: float) -> Headers:
         """How it stands with its limits, as OpenAI tells it; nothing where it has none."""
         said: Headers = []
-        for limit, allowed, left, whole_s in self.quota.left(now):
-            name = RATED[limit]
-            said.append((b"x-ratelimit-limit-" + name, b"%d" % allowed))
-            said.append((b"x-ratelimit-remaining-" + name, b"%d" % left))
-            said.append((b"x-ratelimit-reset-" + name, b"%.3fs" % whole_s))
+        if self.quota.limited:
+            for limit, allowed, left, whole_s in self.quota.left(now):
+                names = RATED[limit]
+                said += zip(names, (b"%d" % allowed, b"%d" % left, b"%ds" % math.ceil(whole_s)), strict=True)
         return said
 
 

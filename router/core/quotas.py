@@ -89,11 +89,16 @@ class Bucket:
         """Seconds until so much will be left."""
         return max(0.0, level - self.level(now)) / self.per_minute * MINUTE_S
 
+    def left(self, limit: Limit, now: float) -> Left:
+        """How it stands with it."""
+        level, per_minute = self.level(now), self.per_minute
+        return Left(limit, per_minute, max(0, int(level)), (1 - level / per_minute) * MINUTE_S)
+
 
 class Quota:
     """A tenant's use of its allowance. What it uses at other routers counts too, once that is heard of."""
 
-    __slots__ = ("_allowance", "_buckets", "_requests", "_tokens", "elsewhere", "in_flight")
+    __slots__ = ("_allowance", "_buckets", "_requests", "_tokens", "elsewhere", "in_flight", "limited")
 
     def __init__(self, allowance: Allowance) -> None:
         self.in_flight = 0
@@ -110,16 +115,12 @@ class Quota:
             Limit.TOKENS: allowance.tokens_per_minute,
         }
         before, self._buckets, self._allowance = self._buckets, {}, allowance
+        self.limited = allowance != UNLIMITED  # whether there is anything to keep to
         for limit, allowed in per_minute.items():
             if allowed is not None:
                 was = before.get(limit)
                 used = was.per_minute - was.level(now) if was is not None else 0.0
                 self._buckets[limit] = Bucket(allowed, used, now)
-
-    @property
-    def limited(self) -> bool:
-        """Whether there is anything to keep to."""
-        return self._allowance != UNLIMITED
 
     @property
     def use(self) -> Use:
@@ -140,7 +141,8 @@ class Quota:
         """A request was taken."""
         self.in_flight += 1
         self._requests += 1
-        self._take(Limit.REQUESTS, 1, now)
+        if self._buckets:
+            self._take(Limit.REQUESTS, 1, now)
 
     def leave(self) -> None:
         """A request has ended."""
@@ -149,7 +151,8 @@ class Quota:
     def charge(self, tokens: int, now: float) -> None:
         """What a request took, of its prompt and of its output."""
         self._tokens += tokens
-        self._take(Limit.TOKENS, tokens, now)
+        if self._buckets:
+            self._take(Limit.TOKENS, tokens, now)
 
     def used_elsewhere(self, requests: int, tokens: int, now: float) -> None:
         """What another router took from the same allowance."""
@@ -158,10 +161,7 @@ class Quota:
 
     def left(self, now: float) -> list[Left]:
         """How it stands with each limit per minute."""
-        return [
-            Left(limit, each.per_minute, max(0, int(each.level(now))), each.wait_s(each.per_minute, now))
-            for limit, each in self._buckets.items()
-        ]
+        return [bucket.left(limit, now) for limit, bucket in self._buckets.items()]
 
     def _take(self, limit: Limit, amount: int, now: float) -> None:
         if (bucket := self._buckets.get(limit)) is not None:

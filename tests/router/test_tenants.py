@@ -314,7 +314,7 @@ async def test_requests_per_minute_are_told_and_kept_to(tmp_path):
             status, headers, _ = await said(front.port, chat(bearer("a")))
             assert (status, headers["x-ratelimit-remaining-requests"]) == (200, left)
             assert headers["x-ratelimit-limit-requests"] == "2"
-        assert 0 < float(headers["x-ratelimit-reset-requests"].removesuffix("s")) <= 60
+        assert headers["x-ratelimit-reset-requests"] in ("59s", "60s")
         status, headers, _ = await said(front.port, chat(bearer("a")))
         assert (status, headers["x-ratelimit-remaining-requests"]) == (429, "0")
         assert 0 < int(headers["retry-after"]) <= 30
