@@ -249,7 +249,8 @@ def parse(
 
     Unless `allow_transfer`, a client's own kv_transfer_params are dropped: with them it could have an engine
     read another prompt than the router knows. With `salt` the client's cache salt is replaced; raises
-    NotIsolated where engines would not heed it.
+    NotIsolated where engines would not heed it. What is stored gets no id from such a client either: it could
+    be the id of another one's.
     """
     try:
         fields = _decode_fields(body)
@@ -268,6 +269,8 @@ def parse(
         if not family.salted:
             raise NotIsolated(f"At {family.path} engines cannot keep the caches of tenants apart")
         fields[SALT] = _raw(salt(_member(fields, SALT, _TEXT)))
+        if family.keeps:
+            fields.pop("request_id", None)
         changed = True
     if changed:
         body = msgspec.json.encode(fields)

@@ -19,7 +19,7 @@ from urllib.parse import unquote
 
 import msgspec
 
-from router import multipart, openai_api, responses_api
+from router import multipart, openai_api
 from router.affinity import affinity_key, session
 from router.arrivals import Arrivals
 from router.caches import Caches
@@ -184,11 +184,14 @@ class Relay:
     def _read(self, family: openai_api.Family, request: Request, tenant: Tenant) -> openai_api.Call:
         if family is openai_api.STORED:
             response_id = openai_api.stored_id(request.path)
+            tenant.check_response(response_id, "response_id")
             kept = openai_api.Kept(about=response_id)
             return openai_api.Call(family, self._keepers.model_of(response_id), kept=kept)
         if request.method != "POST":
             raise MethodNotAllowed(request.path, "POST")
         call = self._parse(family, request, tenant)
+        if call.kept is not None and call.kept.about is not None:
+            tenant.check_response(call.kept.about, "previous_response_id")
         if self._fleet.view(call.model).replicas:
             return call
         known = {*self._promised, *self._fleet.models()}
@@ -372,7 +375,7 @@ def upstream_message(journey: Journey, replica: Replica, authority: bytes, promp
     """The request as the engine gets it."""
     call, request = journey.call, journey.request
     nameless = call.kept is not None and call.kept.nameless
-    body = call.upstream_body(responses_api.new_id(replica.id) if nameless else None, prompt_ids)
+    body = call.upstream_body(journey.tenant.new_response_id(replica.id) if nameless else None, prompt_ids)
     return message(request, body, journey.request_id, authority, headers.to_engine(request.headers))
 
 

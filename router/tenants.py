@@ -16,14 +16,16 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from router import responses_api
 from router.core.quotas import Allowance, Limit, Quota
-from router.errors import ConfigError, RateLimited, Unauthorized
+from router.errors import ConfigError, RateLimited, ResponseNotFound, Unauthorized
 from router.http.headers import Headers
 from router.http.requests import Request
 from router.http.sse import Usage
 from router.keys import HASH, digest, digest_in, sent_with
 from router.metrics import Metrics
 from router.openai_api import Salt
+from router.responses_api import Seal
 from router.settings import checked, read_yaml
 
 log = logging.getLogger(__name__)
@@ -34,6 +36,8 @@ LOOK_S = 1.0
 OPEN_PATHS = frozenset({"/health", "/ready"})
 # The tenant of keys that have none, and that of everybody where there are no keys.
 DEFAULT, ANYBODY = "default", "anonymous"
+# 64 bits: a guess at another tenant's id, which nobody can guess either, fails here too.
+SEAL_DIGITS = 16
 # As OpenAI's headers tell a limit, what is left of it, and when all of it is back.
 RATED = {
     limit: tuple(b"x-ratelimit-%b-%b" % (what, name) for what in (b"limit", b"remaining", b"reset"))
@@ -104,6 +108,11 @@ class TenantsConfig(BaseModel):
     file: str | None = None
     keys: tuple[KeyHash, ...] = ()
 
+    @property
+    def closed(self) -> bool:
+        """Whether clients need a key."""
+        return self.file is not None or bool(self.keys)
+
     @field_validator("file")
     @classmethod
     def _absolute(cls, path: str | None) -> str | None:
@@ -149,6 +158,16 @@ class Tenant:
         self.priority = config.priority
         self.allow_transfer = config.allow_kv_transfer_params
         self.salt = salt_of(self.name, config, secret)
+        self._seal = seal_of(self.name, secret)
+
+    def new_response_id(self, replica_id: str) -> str:
+        """The id of a response of the tenant's that this replica will keep."""
+        return responses_api.new_id(replica_id, self._seal)
+
+    def check_response(self, response_id: str, param: str) -> None:
+        """Raises ResponseNotFound for one that is another tenant's."""
+        if self._seal is not None and not responses_api.is_sealed(response_id, self._seal):
+            raise ResponseNotFound(f"Tenant {self.name!r} has no response {response_id!r}", param=param)
 
     def admit(self, now: float) -> Tenant:
         """Takes one more request; raises RateLimited."""
@@ -267,13 +286,25 @@ def salt_of(name: str, config: TenantConfig, secret: str | None) -> Salt | None:
     """
     if secret is None:
         return None
-    key = hmac.digest(bytes.fromhex(secret), _scope(name, config).encode(), "sha256")
+    key = _key(secret, _scope(name, config))
     own = _salt(key, "")
 
     def salt(given: str | None) -> str:
         return _salt(key, given) if given else own
 
     return salt
+
+
+def seal_of(name: str, secret: str | None) -> Seal | None:
+    """What marks the ids of a tenant's stored responses as its own; None where tenants are not kept apart."""
+    if secret is None:
+        return None
+    key = _key(secret, f"responses of {name}")
+    return lambda made: hmac.digest(key, made.encode(), "sha256").hex()[:SEAL_DIGITS]
+
+
+def _key(secret: str, purpose: str) -> bytes:
+    return hmac.digest(bytes.fromhex(secret), purpose.encode(), "sha256")
 
 
 def _salt(key: bytes, given: str) -> str:

@@ -31,7 +31,8 @@ from support import HERD, ROOT, Start, eventually, free_port, free_ports, router
 from router.errors import ConfigError
 from router.health import Endpoint
 from router.keys import hash_of, new_key
-from router.tenants import TenantConfig, TenantsConfig, load, salt_of
+from router.responses_api import is_sealed, mark, mark_in, new_id
+from router.tenants import TenantConfig, TenantsConfig, load, salt_of, seal_of
 
 CHAT, MESSAGES = "/v1/chat/completions", "/v1/messages"
 SECRET = "5e" * 32
@@ -174,8 +175,18 @@ def test_a_group_shares_salts_and_is_no_tenant(one, two, given):
     assert salt(one, given, shared_cache=two) != salt(two, given)
 
 
-def test_without_a_secret_there_is_no_salt():
+@given(NAMES, NAMES)
+def test_an_id_of_a_response_is_one_tenants(one, two):
+    made = new_id("a replica", seal_of(one, SECRET))
+    assert mark_in(made) == mark("a replica")
+    assert is_sealed(made, seal_of(one, SECRET))
+    assert is_sealed(made, seal_of(two, SECRET)) == (one == two)
+    assert not is_sealed(new_id("a replica"), seal_of(one, SECRET))
+
+
+def test_without_a_secret_nothing_is_kept_apart():
     assert salt_of("a", TenantConfig(), None) is None
+    assert seal_of("a", None) is None
 
 
 # -- who gets in
@@ -415,6 +426,28 @@ async def test_engines_get_a_salt_of_the_tenants(tmp_path, path):
         assert salts[2] == salt("a", "mine")
         assert salts[5] == salt("c", shared_cache="g")
         assert len(set(salts)) == 5
+
+
+async def test_a_stored_response_is_its_tenants_alone(tmp_path):
+    async def script(request, reader, writer):
+        if request.startswith(b"POST /v1/responses "):
+            writer.write(reply(json.dumps({"id": sent_body(request)["request_id"]}).encode()))
+        elif b" /v1/responses/" in request:
+            writer.write(reply(b'{"stored": true}'))
+        else:
+            await answering(VLLM_PAGES)(request, reader, writer)
+
+    async with fleet(written(tmp_path / "t", a={}, b={}), script) as (front, _):
+        asked = chat(bearer("a"), path="/v1/responses", request_id="resp_of_b")
+        made = json.loads((await said(front.port, asked))[2])["id"]
+        assert made.startswith("resp_herd_")
+        for name, about, status in (("a", made, 200), ("b", made, 404), ("a", "resp_1", 404)):
+            assert (await get(front.port, f"/v1/responses/{about}", bearer(name)))[0] == status
+            asked = chat(bearer(name), path="/v1/responses", previous_response_id=about)
+            told, _, body = await said(front.port, asked)
+            assert told == status
+            if status == 404:
+                assert json.loads(body)["error"]["code"] == "previous_response_not_found"
 
 
 async def test_what_is_no_salt_is_refused(tmp_path):
