@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -409,9 +410,14 @@ def simulated(arguments: tuple[str, ...]) -> None:
 
 
 def _tenants(api_keys: Sequence[str], file: Path | None) -> dict[str, Any]:
-    """`router.tenants`; of keys nothing but their hashes goes on from here."""
+    """`router.tenants`; of keys nothing but their hashes goes on from here.
+
+    A key that is empty was meant to be one: without it anybody could ask.
+    """
     from router.keys import hash_of
 
+    if not all(api_keys) or ("HERD_API_KEY" in os.environ and not api_keys):
+        raise click.UsageError("--api-key, or HERD_API_KEY, is empty.")
     return {
         **({"file": str(file)} if file is not None else {}),
         **({"keys": [hash_of(key) for key in api_keys]} if api_keys else {}),

@@ -367,8 +367,8 @@ def _usage(journey: Journey, passage: Passage) -> Usage:
     """What the engine reported; of a stream that was given up before that, what is known to have come."""
     if passage.usage is not None:
         return passage.usage
-    prompt = journey.reading.prompt
-    return Usage(prompt.num_tokens if prompt and passage.events else 0, passage.events)
+    events, prompt = passage.events if journey.call.stream else 0, journey.reading.prompt
+    return Usage(prompt.num_tokens if prompt and events else 0, events)
 
 
 def upstream_message(journey: Journey, replica: Replica, authority: bytes, prompt_ids: bytes | None) -> bytes:

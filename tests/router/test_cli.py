@@ -1,6 +1,7 @@
 """The command line: quick where it can be, one sentence where it cannot."""
 
 import hashlib
+import os
 import re
 import subprocess
 import sys
@@ -114,6 +115,13 @@ def test_wrong_arguments_are_named_in_one_line(args: tuple[str, ...], code: int,
     done = run(*args)
     assert done.returncode == code
     assert says in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("args", "env"), [(("--api-key", ""), {}), ((), {"HERD_API_KEY": ""})])
+def test_an_empty_key_does_not_open_the_endpoint(args: tuple[str, ...], env: dict[str, str]) -> None:
+    argv = [str(HERD), "route", "--worker-urls", "http://127.0.0.1:1", *args]
+    done = subprocess.run(argv, env={**os.environ, **env}, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, "HERD_API_KEY, is empty" in done.stderr) == (2, True)
 
 
 def test_a_new_key_is_shown_once_beside_what_is_kept_of_it() -> None:
