@@ -334,13 +334,13 @@ async def test_requests_per_minute_are_told_and_kept_to(tmp_path):
 
 
 async def test_tokens_per_minute_are_what_engines_report(tmp_path):
-    async with fleet(written(tmp_path / "t", a={"tokens_per_minute": 40})) as (front, _):
+    async with fleet(written(tmp_path / "t", a={"tokens_per_minute": 10})) as (front, _):
         status, headers, _ = await said(front.port, chat(bearer("a")))
-        assert (status, headers["x-ratelimit-remaining-tokens"]) == (200, "40")
+        assert (status, headers["x-ratelimit-remaining-tokens"]) == (200, "10")
         status, headers, body = await said(front.port, chat(bearer("a")))  # 42 are charged
         assert (status, headers["x-ratelimit-remaining-tokens"]) == (429, "0")
-        assert "40 tokens per minute" in json.loads(body)["error"]["message"]
-        assert 0 < int(headers["retry-after"]) <= 5
+        assert "10 tokens per minute" in json.loads(body)["error"]["message"]
+        assert 180 < int(headers["retry-after"]) <= 198
         assert counted(front, "prompt_tokens", tenant="a") == 30
         assert counted(front, "cached_tokens", tenant="a") == 16
         assert counted(front, "output_tokens", tenant="a") == 12
@@ -372,12 +372,11 @@ def refused(front):
 async def test_a_changed_file_counts_at_once_for_everybody(tmp_path):
     path = written(tmp_path / "t", a={"requests_per_minute": 100})
     async with fleet(path) as (front, _):
-        for _ in range(10):
-            await said(front.port, chat(bearer("a")))
+        await said(front.port, chat(bearer("a")))
         written(path, a={"requests_per_minute": 50}, b={})
         await until_answered(front, "b", 200)
         _, headers, _ = await said(front.port, chat(bearer("a")))
-        assert int(headers["x-ratelimit-remaining-requests"]) < 50  # what was used stays used
+        assert headers["x-ratelimit-limit-requests"] == "50"
         written(path, b={})
         await until_answered(front, "a", 401)
 
@@ -392,9 +391,9 @@ async def test_a_wrong_file_changes_nothing_and_is_told_of(tmp_path, caplog, spo
             else:
                 put(path, spoil)
             await until(lambda: refused(front) == 1)
-        (record,) = caplog.records
-        assert str(path) in record.getMessage()
-        assert ("No such file" if spoil is None else "tenants.a.weight: ") in record.getMessage()
+        (told,) = [record.getMessage() for record in caplog.records if record.name == "router.tenants"]
+        assert str(path) in told
+        assert ("No such file" if spoil is None else "tenants.a.weight: ") in told
         assert (await said(front.port, chat(bearer("a"))))[0] == 200
         written(path, b={})
         await until_answered(front, "b", 200)
