@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import asdict
 from importlib.resources import files
 from typing import Any, TypeVar
@@ -25,6 +25,7 @@ from router.decisions import Decision, Decisions
 from router.errors import ApiError, BadRequest, MethodNotAllowed, UnknownRoute
 from router.gossip import Gossip
 from router.http.server import Reply, Request, Server
+from router.keys import Guard
 from router.metrics import Metrics
 from router.openai_api import error_body
 from router.place import Place
@@ -40,7 +41,7 @@ LAST, MOST = 20, 1000
 
 
 class Admin:
-    """Answers requests on the admin port."""
+    """Answers requests on the admin port. `guard`: lets people in, but for paths that are `unguarded`."""
 
     def __init__(
         self,
@@ -53,7 +54,11 @@ class Admin:
         gossip: Gossip,
         decisions: Decisions,
         arrivals: Arrivals,
+        guard: Guard,
+        unguarded: Container[str],
     ) -> None:
+        self._guard = guard
+        self._unguarded = unguarded
         self._fleet = fleet
         self._metrics = metrics
         self._policy = policy
@@ -77,6 +82,8 @@ class Admin:
     async def __call__(self, request: Request, reply: Reply) -> None:
         """Answers one request."""
         try:
+            if request.path not in self._unguarded:
+                self._guard.check(request)
             route = self._routes.get(request.path)
             if request.path.startswith(f"{DECISIONS}/"):
                 route = self._decision

@@ -14,7 +14,7 @@ import msgspec
 from xxhash import xxh3_64_intdigest
 
 from router.http.headers import Headers
-from router.openai_api import Call
+from router.openai_api import SALT, Call
 
 # Headers that name a session: Ray Serve's, that of smg (the SGLang router), that of Claude Code. Proxies
 # rewrite separators, so `_` counts as `-`, as in Ray.
@@ -60,11 +60,15 @@ _decode_opening = msgspec.json.Decoder(_Opening).decode
 def affinity_key(call: Call, headers: Headers) -> int | None:
     """64 bits that are the same for requests that belong together; None if nothing tells.
 
-    The model is a part of it. Engines keep the caches of a model's adapters apart, so nothing is gained where
-    one session meets several, and a text that many adapters are asked would land on one replica for all.
+    The model is a part of it, and the cache salt. Engines keep the caches of a model's adapters apart, so
+    nothing is gained where one session meets several, and a text that many adapters are asked would land on
+    one replica for all; so it is with tenants.
     """
     told = session(headers) or _beginning(call.fields.get("prompt_cache_key"), TEXT) or _opening(call)
-    return xxh3_64_intdigest(told, xxh3_64_intdigest(call.model.encode())) if told else None
+    if not told:
+        return None
+    apart = call.model.encode() + bytes(call.fields.get(SALT, b""))
+    return xxh3_64_intdigest(told, xxh3_64_intdigest(apart))
 
 
 def session(headers: Headers) -> bytes | None:

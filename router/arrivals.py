@@ -13,6 +13,7 @@ import msgspec
 from xxhash import xxh3_64_intdigest
 
 from router.core.blocks import TOKEN_BYTES, Keys, Prompt, chain
+from router.http.sse import Usage
 
 BLOCK_TOKENS = 512  # as in the traces that Mooncake published
 BLOCK_BYTES = BLOCK_TOKENS * TOKEN_BYTES
@@ -52,11 +53,9 @@ class Arrivals:
         """Somebody records: prompts are to be read, whatever the policy."""
         return now < self._until
 
-    def note(
-        self, came_at: float, usage: tuple[int, int, int], prompt: Prompt | None, session: bytes | None
-    ) -> None:
+    def note(self, came_at: float, usage: Usage, prompt: Prompt | None, session: bytes | None) -> None:
         """A request was answered that had come at this time of the loop; one without output is left out."""
-        prompt_tokens, _, output_tokens = usage
+        prompt_tokens, output_tokens = usage.prompt_tokens, usage.completion_tokens
         if not prompt_tokens or not output_tokens:
             return
         at = time.time() - time.monotonic() + came_at

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,28 @@ run_dir = click.option(
     "--run-dir",
     type=click.Path(path_type=Path, file_okay=False),
     help="Where a fleet's record, Serve config and logs are.  [default: ~/.local/state/herd/PORT]",
+)
+
+
+api_keys = click.option(
+    "--api-key",
+    "api_keys",
+    multiple=True,
+    metavar="KEY",
+    envvar="HERD_API_KEY",
+    help="Take requests with this key only; may be given several times. HERD_API_KEY holds keys too, and "
+    "shows them to fewer eyes.",
+)
+api_keys_file = click.option(
+    "--api-keys-file",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True, resolve_path=True),
+    help="Keys and limits of tenants (docs/tenants.md); read again when it changes.",
+)
+admin_key = click.option(
+    "--admin-key",
+    metavar="KEY",
+    envvar="HERD_ADMIN_KEY",
+    help="What admin ports ask for, as HERD_ADMIN_KEY better.  [default: nothing, on loopback]",
 )
 
 
@@ -67,6 +91,9 @@ def main() -> None:
     "--address", metavar="RAY_ADDRESS", help="Deploy on this Ray cluster instead of one of our own."
 )
 @click.option("--dashboard-port", default=DASHBOARD_PORT, show_default="8265 or the next free one")
+@api_keys
+@api_keys_file
+@admin_key
 @run_dir
 def up(
     fleet: Path | None,
@@ -77,6 +104,9 @@ def up(
     admin_port: int | None,
     address: str | None,
     dashboard_port: int,
+    api_keys: tuple[str, ...],
+    api_keys_file: Path | None,
+    admin_key: str | None,
     run_dir: Path | None,
 ) -> None:
     """Start a fleet and keep it in the foreground; Ctrl-C ends all of it.
@@ -95,7 +125,9 @@ def up(
         )
     else:
         planned = plan.from_file(fleet)
-    planned = planned.on_ports(port, admin_port)
+    planned = planned.on_ports(port, admin_port).for_tenants(
+        _tenants(api_keys, api_keys_file), _hash(admin_key)
+    )
     progress = Progress(f"Engine: {planned.engine}.")
     directory = _directory(run_dir, planned.fleet.router.port)
     try:
@@ -189,7 +221,11 @@ def record(file: Path, seconds: float | None, port: int, run_dir: Path | None) -
 @click.argument("more_urls", nargs=-1, metavar="")
 @click.option("--host", default="0.0.0.0", show_default=True)
 @click.option("--port", default=PORT, show_default=True)
+@click.option("--admin-host", default="127.0.0.1", show_default=True)
 @click.option("--admin-port", default=ADMIN_PORT, show_default=True)
+@api_keys
+@api_keys_file
+@admin_key
 @click.option("--policy", help=f"How a replica is chosen: {', '.join(POLICIES)}.  [default: kv_aware]")
 @click.option(
     "--model-alias",
@@ -225,6 +261,9 @@ def route(
     aliases: tuple[str, ...],
     sources: tuple[str, ...],
     processes: int,
+    api_keys: tuple[str, ...],
+    api_keys_file: Path | None,
+    admin_key: str | None,
     **listen: Any,
 ) -> None:
     """Route to vLLM servers that exist, without Ray.
@@ -238,6 +277,8 @@ def route(
         "replicas": processes,
         "aliases": stands_for(aliases),
         "tokenizers": tokenizers(sources),
+        "tenants": _tenants(api_keys, api_keys_file),
+        "admin_key": _hash(admin_key),
     }
     if policy is not None:
         settings["policy"] = policy
@@ -319,6 +360,40 @@ def simulate(
 
 
 @main.group()
+def key() -> None:
+    """Make keys: shown once, kept as hashes."""
+
+
+@key.command()
+@click.argument("tenant", metavar="TENANT")
+def new(tenant: str) -> None:
+    """A key for a tenant, and what the file of tenants says of it."""
+    from router.keys import hash_of, new_key
+
+    made = new_key()
+    click.echo(f"# The key of {tenant}, shown this once: {made}", err=True)
+    click.echo(f"  {tenant}:\n    keys: [{hash_of(made)}]")
+
+
+@key.command()
+def admin() -> None:
+    """A key for admin ports, and what the router's settings say of it."""
+    from router.keys import ADMIN_KEY, hash_of, new_key
+
+    made = new_key()
+    click.echo(f"# The key of admin ports, shown this once: {ADMIN_KEY}={made}", err=True)
+    click.echo(f"admin_key: {hash_of(made)}")
+
+
+@key.command()
+def secret() -> None:
+    """What a file of tenants needs to keep their caches apart."""
+    from router.keys import new_secret
+
+    click.echo(f"secret: {new_secret()}")
+
+
+@main.group()
 def engine() -> None:
     """Run one engine by itself."""
 
@@ -332,6 +407,27 @@ def simulated(arguments: tuple[str, ...]) -> None:
     from workers.simulated.server import main
 
     sys.exit(main(list(arguments)))
+
+
+def _tenants(api_keys: Sequence[str], file: Path | None) -> dict[str, Any]:
+    """`router.tenants`; of keys nothing but their hashes goes on from here.
+
+    A key that is empty was meant to be one: without it anybody could ask.
+    """
+    from router.keys import hash_of
+
+    if not all(api_keys) or ("HERD_API_KEY" in os.environ and not api_keys):
+        raise click.UsageError("--api-key, or HERD_API_KEY, is empty.")
+    return {
+        **({"file": str(file)} if file is not None else {}),
+        **({"keys": [hash_of(key) for key in api_keys]} if api_keys else {}),
+    }
+
+
+def _hash(key: str | None) -> str | None:
+    from router.keys import hash_of
+
+    return hash_of(key) if key else None
 
 
 def _directory(given: Path | None, port: int) -> RunDirectory:

@@ -7,11 +7,11 @@ error names the key. `load` reads a whole Serve config file, the one that `serve
 from __future__ import annotations
 
 from collections.abc import Mapping
+from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from router.continuation import Mode
 from router.core.placement import POLICIES, kv_aware
@@ -19,17 +19,21 @@ from router.decisions import DecisionsConfig
 from router.errors import ConfigError
 from router.http.cors import Cors
 from router.http.requests import Limits
+from router.keys import ADMIN_KEY
+from router.settings import checked, read_yaml
+from router.tenants import KeyHash, TenantsConfig
 from router.tokenizer_config import TokenizerConfig
 from workers.engine import EngineSpec
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 Name = Annotated[str, Field(min_length=1)]
-Config = TypeVar("Config", bound=BaseModel)
 
 
 class RouterConfig(BaseModel):
     """The front door: where it listens and how it chooses. Port 0 takes any free one.
 
+    `admin_key`: the hash of the key that admin ports ask for (`herd key admin`); needed where they are not on
+    loopback. `admin_open_metrics`: `/metrics` is told without it.
     `replicas`: router processes; those on one machine share the port. `shards`: into how many shares the KV
     index is divided; with 1 every process holds all of it, with more it holds what belongs to its requests,
     and passes others' on (router/shards.py). `tokenizers`: by model, `*` for all others
@@ -37,7 +41,7 @@ class RouterConfig(BaseModel):
     replica fails (router/continuation.py). `allow_kv_transfer_params`: clients may send their own. `aliases`:
     other names of models, each with the name that engines know. `limits`: of what clients send
     (router/http/requests.py). `cors`: which web pages may call (router/http/cors.py). `decisions`: what is
-    told of placements (router/decisions.py).
+    told of placements (router/decisions.py). `tenants`: whose requests are taken (router/tenants.py).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -46,6 +50,8 @@ class RouterConfig(BaseModel):
     port: Port = 8000
     admin_host: str = "127.0.0.1"
     admin_port: Port = 8001  # of the first router process on a machine; the next ones have the next ports
+    admin_key: KeyHash | None = None
+    admin_open_metrics: bool = False
     replicas: Annotated[int, Field(ge=1)] = 1
     shards: Annotated[int, Field(ge=1)] = 1
     policy: str = kv_aware.__name__
@@ -56,6 +62,7 @@ class RouterConfig(BaseModel):
     limits: Limits = Limits()
     cors: Cors = Cors()
     decisions: DecisionsConfig = DecisionsConfig()
+    tenants: TenantsConfig = TenantsConfig()
 
     @field_validator("policy")
     @classmethod
@@ -73,6 +80,20 @@ class RouterConfig(BaseModel):
         return aliases
 
     @model_validator(mode="after")
+    def _admin_is_not_open(self) -> RouterConfig:
+        if self.admin_key is None and not _is_loopback(self.admin_host):
+            raise ValueError(
+                f"admin_key: admin_host {self.admin_host} can be reached from other machines, "
+                f"so a key is needed (`herd key admin` makes one; or {ADMIN_KEY})"
+            )
+        return self
+
+    @property
+    def admin_unguarded(self) -> tuple[str, ...]:
+        """What the admin port tells without its key."""
+        return ("/health", "/metrics") if self.admin_open_metrics else ("/health",)
+
+    @model_validator(mode="after")
     def _owned(self) -> RouterConfig:
         if self.shards > self.replicas:
             raise ValueError(f"shards: {self.shards} need as many router processes, not {self.replicas}")
@@ -86,6 +107,13 @@ class RouterConfig(BaseModel):
         if self.port and self.admin_port and self.admin_port <= self.port <= last:
             raise ValueError(f"admin_port: {self.admin_port} to {last} are admin ports, port {self.port} too")
         return self
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 class Slo(BaseModel):
@@ -143,22 +171,17 @@ def parse(args: Mapping[str, Any]) -> FleetConfig:
     """The `args:` of the application; raises ConfigError that names the key."""
     if not isinstance(args, Mapping):
         raise ConfigError("args: a mapping with `models` and `router` is expected")
-    return _checked(FleetConfig, args)
+    return checked(FleetConfig, args)
 
 
 def parse_router(settings: Mapping[str, Any]) -> RouterConfig:
     """A router's settings by themselves, as `herd route` has them; raises ConfigError that names the key."""
-    return _checked(RouterConfig, settings)
+    return checked(RouterConfig, settings)
 
 
 def load(path: Path) -> dict[str, Any]:
     """A Serve config file with one Herd application, checked; its content as `serve deploy` sends it."""
-    try:
-        document = yaml.safe_load(path.read_bytes())
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    document = read_yaml(path)
     try:
         application = application_of(document)
         parse(application.get("args") or {})
@@ -173,20 +196,3 @@ def application_of(document: Any) -> dict[str, Any]:
     if not isinstance(applications, list) or len(applications) != 1 or not isinstance(applications[0], dict):
         raise ConfigError("applications: exactly one application is expected (a Ray Serve config file)")
     return applications[0]
-
-
-def _checked(kind: type[Config], values: Mapping[str, Any]) -> Config:
-    try:
-        return kind.model_validate(dict(values))
-    except ValidationError as error:
-        raise ConfigError(_sentence(error)) from None
-
-
-def _sentence(error: ValidationError) -> str:
-    return "; ".join(_one(e["loc"], e["msg"]) for e in error.errors())
-
-
-def _one(loc: tuple[int | str, ...], message: str) -> str:
-    message = message.removeprefix("Value error, ")
-    where = ".".join(str(part) for part in loc)
-    return f"{where}: {message}" if where else message

@@ -15,10 +15,10 @@ import msgspec
 
 from router.core.blocks import TOKEN_BYTES, Prompt
 from router.core.continuation import Stops, seam
-from router.http.splice import Spliced, Told, closing
 from router.http.sse import EventStream
 from router.openai_api import Call
 from router.prompts import UNREAD, Reading, pack
+from router.splice import Spliced, Told, closing
 from router.tokenizer import Tokenizers
 from router.tokenizer_config import ANY
 

@@ -14,6 +14,8 @@ HerdError
     ReplyFailed            the replica said that it failed
   ApiError                 what a client is told, with status, type and code
     BadRequest             400
+    Unauthorized           401
+    NotIsolated            403
     UnknownModel           404
     UnknownRoute           404
     ResponseNotFound       404
@@ -22,6 +24,7 @@ HerdError
     ClientTimeout          408
     TooLarge               413
     TargetTooLong          414
+    RateLimited            429
     HeadTooLarge           431
     UpstreamBroken         502
     NoCapacity             503
@@ -104,6 +107,30 @@ class BadRequest(ApiError):
     type = "invalid_request_error"
 
 
+class Unauthorized(ApiError):
+    """The request carries no key that is known; the client is told how to send one (RFC 9110, 15.5.2)."""
+
+    status = 401
+    type = "invalid_request_error"
+    code = "invalid_api_key"
+
+    def __init__(self, message: str, challenge: bytes = b"Bearer") -> None:
+        super().__init__(message)
+        self.challenge = challenge
+
+    @property
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        return [(b"www-authenticate", self.challenge)]
+
+
+class NotIsolated(ApiError):
+    """Engines would answer from a cache that other tenants share."""
+
+    status = 403
+    type = "invalid_request_error"
+    code = "cache_not_isolated"
+
+
 class UnknownModel(ApiError):
     """No replica serves this model."""
 
@@ -177,6 +204,22 @@ class TargetTooLong(ApiError):
     status = 414
     type = "invalid_request_error"
     code = "uri_too_long"
+
+
+class RateLimited(ApiError):
+    """A limit of the tenant is reached; `limits`: how it stands with those per minute."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, *, retry_after: int, limits: list[tuple[bytes, bytes]]) -> None:
+        super().__init__(message, retry_after=retry_after)
+        self.limits = limits
+
+    @property
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        return [*super().headers, *self.limits]
 
 
 class HeadTooLarge(ApiError):

@@ -7,15 +7,14 @@ from datetime import datetime
 from typing import Any
 from urllib.parse import quote
 
-import httpx
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from router.admin_client import ask
 from router.errors import HerdError
 
 Told = dict[str, Any]  # a request's decisions, as the admin port tells them
-TIMEOUT_S = 5.0
 
 ARROW = "→"
 WIDTH = 500  # no table gets so wide
@@ -40,17 +39,10 @@ def newest(admins: Sequence[str], count: int) -> list[Told]:
 
 def _asked(admins: Sequence[str], path: str) -> list[Any]:
     """What those processes answer that have an answer."""
-    replies = [reply for admin in admins if (reply := _get(f"{admin}{path}")) is not None]
+    replies = [reply for admin in admins if (reply := ask(f"{admin}{path}")) is not None]
     if not replies:
         raise HerdError("The router does not answer.")
     return [reply.raise_for_status().json() for reply in replies if reply.status_code != 404]
-
-
-def _get(url: str) -> httpx.Response | None:
-    try:
-        return httpx.get(url, timeout=TIMEOUT_S, trust_env=False)
-    except httpx.TransportError:
-        return None
 
 
 def _placed_at(told: Told) -> float:

@@ -21,6 +21,7 @@ from router.gossip import Gossip
 from router.health import Endpoint, Watch
 from router.http.server import Server
 from router.http.upstream import Upstreams
+from router.keys import Guard
 from router.metrics import Metrics
 from router.openai_api import refusal
 from router.place import Place, Successor, nobody
@@ -28,6 +29,7 @@ from router.port import Contact
 from router.relay import Relay
 from router.shards import Shards
 from router.silence import Silence
+from router.tenants import Tenants
 
 __all__ = ["Endpoint", "FrontDoor"]
 
@@ -65,7 +67,8 @@ class FrontDoor:
         self._upstreams = Upstreams()
         self._watch = Watch(self.fleet, self.metrics, self._caches, self._upstreams.cut)
         self._silence = Silence(self.fleet, self._upstreams, self._watch)
-        self._gossip = Gossip(self.fleet, self.metrics, self._contacts)
+        self._tenants = Tenants(config.tenants, self.metrics)
+        self._gossip = Gossip(self.fleet, self.metrics, self._contacts, lambda: self._tenants.quotas)
         self._peer_host = peer_host
         self._met: list[Contact] | None = None
         self._relay = Relay(
@@ -75,6 +78,7 @@ class FrontDoor:
             self._watch,
             self._caches,
             self._upstreams,
+            self._tenants,
             self._gossip.placed,
             promised,
         )
@@ -101,12 +105,15 @@ class FrontDoor:
             self._gossip,
             self._relay.decisions,
             self._relay.arrivals,
+            Guard(config.admin_key),
+            config.admin_unguarded,
         )
         self._admin = Server(admin, refusal, config.limits)
         self.metrics.connections.set_function(lambda: len(self._front.connections))
 
     async def start(self) -> None:
         """Takes a place on the port, and opens the admin port; raises ListenError with one sentence."""
+        self._tenants.start()
         await self._caches.start()
         await self._watch.start()
         self._silence.start()
@@ -182,6 +189,7 @@ class FrontDoor:
         self._gossip.stop()
         await self._place.leave()
         await self._silence.stop()
+        self._tenants.stop()
         await self._watch.stop()
         await self._caches.stop()
         self._upstreams.close()

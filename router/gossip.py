@@ -13,7 +13,7 @@ import logging
 import secrets
 import socket
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from typing import cast
 
@@ -21,6 +21,7 @@ import msgspec
 
 from router.core.fleet import Fleet, Load
 from router.core.loads import Loads, Report
+from router.core.quotas import Elsewhere, Quota, Use
 from router.errors import ListenError
 from router.metrics import Metrics
 from router.port import Contact
@@ -35,6 +36,8 @@ COALESCE_S = 0.005
 LOOK_S = 1.0
 # A UDP datagram has at most 65,507 bytes. A replica's load takes 30, its id rarely more than 100.
 MOST_REPLICAS = 500
+# A tenant's use takes 16, its name at most 64.
+MOST_TENANTS = 500
 
 VERSION = 1
 # A datagram: version, name of the sender, keyed hash of the report, the report in msgpack.
@@ -45,19 +48,23 @@ _decode = msgspec.msgpack.Decoder(Report).decode
 
 # Tells of all processes that membership knows, of the one that asks too.
 Directory = Callable[[], Iterable[Contact]]
+# Of tenants that have limits, by their names.
+Quotas = Callable[[], Mapping[str, Quota]]
 
 
 class Gossip(asyncio.DatagramProtocol):
     """One process among the others."""
 
-    def __init__(self, fleet: Fleet, metrics: Metrics, directory: Directory) -> None:
+    def __init__(self, fleet: Fleet, metrics: Metrics, directory: Directory, quotas: Quotas = dict) -> None:
         self._fleet = fleet
+        self._quotas = quotas
         self._fates = metrics.datagrams
         self._directory = directory
         self._contacts: dict[bytes, Contact] = {}
         self._told: list[Contact] = []
         self._looked_at = 0.0
         self._loads = Loads()
+        self._elsewhere = Elsewhere()
         self._sequence = 0
         self._placed: set[str] = set()
         self._rounds: asyncio.Task[None] | None = None
@@ -138,6 +145,7 @@ class Gossip(asyncio.DatagramProtocol):
             if now - self._looked_at > LOOK_S:
                 self.look()
             self._note(self._loads.forget_silent(now))
+            self._elsewhere.only(frozenset(self._loads.peers), self._quotas())
             if self._contacts:
                 self._tell_all()
             await asyncio.sleep(ROUND_S)
@@ -148,6 +156,9 @@ class Gossip(asyncio.DatagramProtocol):
         self._tell(dict(islice(loads, MOST_REPLICAS)), whole=True)
         while more := dict(islice(loads, MOST_REPLICAS)):
             self._tell(more, whole=False)
+        uses = iter([(name, quota.use) for name, quota in self._quotas().items()])
+        while some := dict(islice(uses, MOST_TENANTS)):
+            self._tell({}, whole=False, uses=some)
 
     def _tell_placed(self) -> None:
         now = self._loop.time()
@@ -155,9 +166,9 @@ class Gossip(asyncio.DatagramProtocol):
         self._placed.clear()
         self._tell({standing.id: standing.own_load(now) for standing in placed}, whole=False)
 
-    def _tell(self, loads: dict[str, Load], whole: bool) -> None:
+    def _tell(self, loads: dict[str, Load], whole: bool, uses: dict[str, Use] | None = None) -> None:
         self._sequence += 1
-        report = _encode(Report(self._sequence, whole, loads))
+        report = _encode(Report(self._sequence, whole, loads, uses or {}))
         datagram = HEAD.pack(VERSION, self._self.name.encode(), self._self.sign(report)) + report
         for contact in self._contacts.values():
             self._transport.sendto(datagram, (contact.host, contact.port))
@@ -192,10 +203,12 @@ class Gossip(asyncio.DatagramProtocol):
             report = _decode(told)
         except (msgspec.MsgspecError, UnicodeDecodeError):
             return "malformed"
-        changed = self._loads.take(contact.name, report, self._loop.time())
+        now = self._loop.time()
+        changed = self._loads.take(contact.name, report, now)
         if changed is None:
             return "stale"
         self._note(changed)
+        self._elsewhere.heard(contact.name, report.uses, self._quotas(), now)
         return "taken"
 
     def _note(self, replica_ids: Iterable[str]) -> None:

@@ -6,9 +6,9 @@ Prometheus names with the prefix `herd_` and base units. The series of a model a
 from __future__ import annotations
 
 from collections import Counter as Tally
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 from prometheus_client import CollectorRegistry, Gauge, ProcessCollector
 
@@ -56,6 +56,11 @@ COUNTERS = (
     ("predictions", "predictions", "Predictions of cached tokens that an engine's report was compared with."),
     ("predicted_cached", "predicted_cached_tokens", "Prompt tokens predicted to be cached, of these."),
     ("reported_cached", "reported_cached_tokens", "Prompt tokens reported to be cached, of these."),
+)
+TENANT_COUNTERS = (
+    ("prompt_tokens", "prompt_tokens", "Prompt tokens of a tenant, as engines reported them."),
+    ("cached_tokens", "cached_tokens", "Prompt tokens of a tenant found in KV cache, of these."),
+    ("output_tokens", "output_tokens", "Tokens generated for a tenant."),
 )
 HISTOGRAMS = (
     (
@@ -105,6 +110,16 @@ class ModelMetrics:
     trust_changes: dict[Doubt | None, Counter]
 
 
+@dataclass(frozen=True, slots=True)
+class TenantMetrics:
+    """What is counted of one tenant. `requests`: by HTTP status."""
+
+    requests: Callable[[str], Counter]
+    prompt_tokens: Counter
+    cached_tokens: Counter
+    output_tokens: Counter
+
+
 class Metrics:
     """The metrics of one router process, in a registry of its own so that several can live in one test."""
 
@@ -146,6 +161,16 @@ class Metrics:
             "relayed_to_owner", "Requests passed on to the router process that owns them.", "outcome"
         )
         self.relayed_to_owner = {outcome: relayed.labels(outcome) for outcome in OWNER_OUTCOMES}
+        self._tenant_requests = self._counter(
+            "tenant_requests", "Requests answered to a tenant, by HTTP status.", "tenant", "code"
+        )
+        self._of_tenant = {
+            field: self._counter(f"tenant_{name}", help_, "tenant") for field, name, help_ in TENANT_COUNTERS
+        }
+        self.tenants_file_refused = self._gauge(
+            "tenants_file_refused",
+            "1 while the file of tenants is wrong and the one before it counts.",
+        )
         self.peers = self._gauge("gossip_peers", "Other router processes that speak.")
         self.connections = self._gauge("client_connections", "Open client connections.")
         self._replicas = self._gauge("replicas", "Replicas by state.", "model", "state")
@@ -195,6 +220,11 @@ class Metrics:
             self._backlog.labels(*labels).set(standing.backlog_s(now))
             self._factors.labels(*labels, "prefill").set(standing.steps.prefill.value)
             self._factors.labels(*labels, "decode").set(standing.steps.decode.value)
+
+    def tenant(self, name: str) -> TenantMetrics:
+        """What is counted of a tenant; only of those that are configured."""
+        tokens = {field: family.labels(name) for field, family in self._of_tenant.items()}
+        return TenantMetrics(partial(self._tenant_requests.labels, name), **tokens)
 
     def _born(self, model: str) -> ModelMetrics:
         retries = {reason: self._retries.labels(model, reason) for reason in RETRY_REASONS}

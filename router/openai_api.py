@@ -16,7 +16,7 @@ import msgspec
 
 from router import anthropic_api, multipart, responses_api, token_ids
 from router.core.fleet import Standing
-from router.errors import ApiError, BadRequest
+from router.errors import ApiError, BadRequest, NotIsolated
 from router.http.event_watch import CHUNKS, UNKNOWN, Ending
 from router.http.sse import EventStream, Usage, usage_of
 
@@ -24,7 +24,11 @@ Fields = dict[str, msgspec.Raw]
 # What tells an engine to take KV blocks, or the prompt itself, from elsewhere. A prompt is what vLLM looks
 # for in chats, messages and responses.
 TRANSFER = "kv_transfer_params"
+# With another one an engine shares no KV cache.
+SALT = "cache_salt"
 Aliases = Mapping[str, str]
+# Of a client's own cache salt, if it sends one, what its engine gets.
+Salt = Callable[[str | None], str]
 
 
 def error_body(error: ApiError, request_id: str | None = None) -> bytes:
@@ -70,7 +74,8 @@ class Family:
     `path`: as metrics name it. `tokens`: its replies carry token ids, its streams are chunks of tokens.
     `forms`: a form is taken too. `keeps`: its replies are stored, and go on from what is stored. What is told
     of a stream is read from what read it: an `EventStream` where there are tokens, else an `EventWatch`.
-    `sent_ids`: the members that give the engine its prompt as token ids; None where none are sent.
+    `sent_ids`: the members that give the engine its prompt as token ids; None where none are sent. `salted`:
+    engines heed a cache salt, or use no cache for it.
     """
 
     path: str
@@ -85,6 +90,7 @@ class Family:
     id_of: Callable[[bytes], str | None] = _nothing
     streamed_id: Callable[[Any], str | None] = _nothing
     sent_ids: Callable[[bytes], Fields] | None = None
+    salted: bool = True
 
 
 def _messages(path: str) -> Family:
@@ -122,7 +128,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             _messages("/v1/messages"),
             _messages("/v1/messages/count_tokens"),
             Family("/v1/embeddings"),
-            Family("/v2/embed"),
+            Family("/v2/embed", salted=False),
             Family("/pooling"),
             Family("/classify"),
             Family("/rerank"),
@@ -232,12 +238,19 @@ NO_ALIASES: Aliases = MappingProxyType({})
 
 
 def parse(
-    family: Family, body: bytes, aliases: Aliases = NO_ALIASES, *, allow_transfer: bool = False
+    family: Family,
+    body: bytes,
+    aliases: Aliases = NO_ALIASES,
+    *,
+    allow_transfer: bool = False,
+    salt: Salt | None = None,
 ) -> Call:
     """Reads what the router must know of a JSON request; raises BadRequest, naming the field.
 
     Unless `allow_transfer`, a client's own kv_transfer_params are dropped: with them it could have an engine
-    read another prompt than the router knows.
+    read another prompt than the router knows. With `salt` the client's cache salt is replaced; raises
+    NotIsolated where engines would not heed it. What is stored gets no id from such a client either: it could
+    be the id of another one's.
     """
     try:
         fields = _decode_fields(body)
@@ -251,6 +264,13 @@ def parse(
     if model in aliases:
         model = aliases[model]
         fields["model"] = _raw(model)
+        changed = True
+    if salt is not None:
+        if not family.salted:
+            raise NotIsolated(f"At {family.path} engines cannot keep the caches of tenants apart")
+        fields[SALT] = _raw(salt(_member(fields, SALT, _TEXT)))
+        if family.keeps:
+            fields.pop("request_id", None)
         changed = True
     if changed:
         body = msgspec.json.encode(fields)

@@ -17,12 +17,12 @@ from router.http import headers
 from router.http.event_watch import EventWatch
 from router.http.reply_head import Head
 from router.http.server import Reply
-from router.http.splice import Spliced
 from router.http.sse import EventStream, Shortcut, StreamTooLong, Usage
 from router.http.transcript import Transcript
 from router.http.upstream import Exchange
 from router.metrics import ModelMetrics
 from router.openai_api import Call
+from router.splice import Spliced
 
 # A larger reply in one piece is passed on as it comes: text has no such length, hundreds of embeddings do.
 HELD_BYTES = 4 * 1024 * 1024
@@ -100,6 +100,11 @@ class Passage:
     def stream(self) -> EventStream | Spliced | None:
         """The stream of tokens that this is, as far as it has come."""
         return self._reading if isinstance(self._reading, EventStream | Spliced) else None
+
+    @property
+    def events(self) -> int:
+        """Of a stream, so many that carried output: about as many tokens."""
+        return self._reading.events if self._reading is not None else 0
 
     async def run(self) -> None:
         """Passes all of it on. Raises ReplyCut where something is missing, ReplyFailed for an error."""

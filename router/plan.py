@@ -37,12 +37,22 @@ class Plan:
 
     def on_ports(self, port: int | None, admin_port: int | None) -> Plan:
         """The same on other ports; 0 becomes a free one, which people are told before the router has it."""
-        application, router = application_of(self.document), self.fleet.router
-        ports = {
-            "port": _settled(router.port if port is None else port),
-            "admin_port": _settled(router.admin_port if admin_port is None else admin_port),
-        }
-        args = {**application["args"], "router": {**application["args"].get("router", {}), **ports}}
+        router = self.fleet.router
+        return self._with(
+            port=_settled(router.port if port is None else port),
+            admin_port=_settled(router.admin_port if admin_port is None else admin_port),
+        )
+
+    def for_tenants(self, tenants: dict[str, Any], admin_key: str | None) -> Plan:
+        """The same for those who have these keys (router.tenants), beside what the file says of them."""
+        known = application_of(self.document)["args"].get("router", {}).get("tenants", {})
+        added = {"tenants": {**known, **tenants}} if tenants else {}
+        return self._with(**added, **({"admin_key": admin_key} if admin_key else {}))
+
+    def _with(self, **settings: Any) -> Plan:
+        """The same with other settings of the router."""
+        application = application_of(self.document)
+        args = {**application["args"], "router": {**application["args"].get("router", {}), **settings}}
         return Plan({**self.document, "applications": [{**application, "args": args}]}, self.engine)
 
     def prepare(self, waiting: Callable[[str], None]) -> None:

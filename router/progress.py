@@ -116,7 +116,8 @@ def _curl(record: Record) -> str:
         "stream": True,
     }
     header, data = shlex.quote("content-type: application/json"), shlex.quote(json.dumps(body))
-    return f"curl -N {record.endpoint}/v1/chat/completions -H {header} -d {data}"
+    key = ' -H "authorization: Bearer $HERD_API_KEY"' if record.keyed else ""
+    return f"curl -N {record.endpoint}/v1/chat/completions -H {header}{key} -d {data}"
 
 
 def _beside(name: str) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from router.core.blocks import TOKEN_BYTES, Prompt, root_key
-from router.openai_api import Call, Fields
+from router.openai_api import SALT, Call, Fields
 from router.prompter import Prompter
 from workers import dialects
 from workers.chat_messages import Unrenderable, template_variables, tool_dicts
@@ -313,7 +313,7 @@ def pack(ids: Sequence[int]) -> bytes:
 
 def _salt(fields: Fields) -> str | None:
     try:
-        return _decode_salt(fields.get("cache_salt", NULL))
+        return _decode_salt(fields.get(SALT, NULL))
     except msgspec.MsgspecError:
         return None  # the engine refuses it
 

@@ -19,14 +19,13 @@ from itertools import count
 from pathlib import Path
 from typing import IO
 
-import httpx
 import msgspec
 
+from router.admin_client import ask
 from router.arrivals import Arrival, Batch
 from router.errors import HerdError
 
 LOOK_S = 1.0
-TIMEOUT_S = 5.0
 
 
 class Line(msgspec.Struct, omit_defaults=True):
@@ -100,12 +99,10 @@ class Routers:
 
     def _ask(self, admin: str) -> Batch | None:
         after = self._next.get(admin)
-        params = {} if after is None else {"after": after}
-        try:
-            reply = httpx.get(f"{admin}/arrivals", params=params, timeout=TIMEOUT_S, trust_env=False)
-            batch = msgspec.json.decode(reply.raise_for_status().content, type=Batch)
-        except httpx.TransportError:
+        reply = ask(f"{admin}/arrivals", **({} if after is None else {"after": after}))
+        if reply is None:
             return None
+        batch = msgspec.json.decode(reply.raise_for_status().content, type=Batch)
         self._next[admin] = batch.next
         return batch
 

@@ -20,7 +20,7 @@ from urllib.parse import unquote
 
 import msgspec
 
-from router import multipart, openai_api, responses_api
+from router import multipart, openai_api
 from router.affinity import affinity_key, session
 from router.arrivals import Arrivals
 from router.caches import Caches
@@ -44,10 +44,12 @@ from router.errors import (
 from router.health import RETRY_AFTER_S, Watch
 from router.http import headers
 from router.http.server import Reply, Request
+from router.http.sse import Usage
 from router.http.upstream import Exchange, Upstreams
 from router.keepers import Keepers
 from router.metrics import Metrics, ModelMetrics
 from router.passage import Passage
+from router.tenants import Tenant, Tenants
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +73,7 @@ class Journey:
     request_id: bytes
     reply: Reply
     metrics: ModelMetrics
+    tenant: Tenant
     keeper: str | None = None
     asked: Leg = field(init=False)
     leg: Leg = field(init=False)
@@ -97,6 +100,7 @@ class Relay:
         watch: Watch,
         caches: Caches,
         upstreams: Upstreams,
+        tenants: Tenants,
         placed: Callable[[str], None],
         promised: tuple[str, ...] = (),
     ) -> None:
@@ -111,6 +115,7 @@ class Relay:
         self._tokenizers = caches.tokenizers
         self._parity = caches.parity
         self._upstreams = upstreams
+        self._tenants = tenants
         self._placed = placed
         self._promised = promised
         self._keepers = Keepers(fleet, watch)
@@ -125,16 +130,18 @@ class Relay:
         request_id = request_id_of(request)
         code = 499  # nginx's status for a client that left; seen in metrics only
         family = openai_api.family_of(request.method, request.path)
-        model = ""
+        model, tenant = "", None
         try:
-            if family is None:
+            tenant = self._tenants.of(request)
+            if family is None or tenant is None:
                 self._answer_own(request, reply, request_id)
             else:
-                call = self._read(family, request)
-                keeper = self._keepers.of(call) if call.kept else None
-                model = call.model
-                metrics = self._metrics.of(model)
-                await self._carry(Journey(call, request, request_id, reply, metrics, keeper))
+                with tenant.admit(request.received_at):
+                    call = self._read(family, request, tenant)
+                    keeper = self._keepers.of(call) if call.kept else None
+                    model = call.model
+                    metrics = self._metrics.of(model)
+                    await self._carry(Journey(call, request, request_id, reply, metrics, tenant, keeper))
             code = reply.status
         except ApiError as error:
             code = error.status
@@ -148,6 +155,8 @@ class Relay:
             self._tell(ApiError("The router failed on this request"), family, reply, request_id)
         finally:
             self._metrics.requests(model, family.path if family else "other", str(code)).inc()
+            if tenant is not None:
+                tenant.requests(str(code)).inc()
 
     # -- what the router answers itself
 
@@ -189,14 +198,17 @@ class Relay:
 
     # -- what replicas answer
 
-    def _read(self, family: openai_api.Family, request: Request) -> openai_api.Call:
+    def _read(self, family: openai_api.Family, request: Request, tenant: Tenant) -> openai_api.Call:
         if family is openai_api.STORED:
             response_id = openai_api.stored_id(request.path)
+            tenant.check_response(response_id, "response_id")
             kept = openai_api.Kept(about=response_id)
             return openai_api.Call(family, self._keepers.model_of(response_id), kept=kept)
         if request.method != "POST":
             raise MethodNotAllowed(request.path, "POST")
-        call = self._parse(family, request)
+        call = self._parse(family, request, tenant)
+        if call.kept is not None and call.kept.about is not None:
+            tenant.check_response(call.kept.about, "previous_response_id")
         if self._fleet.view(call.model).replicas:
             return call
         known = {*self._promised, *self._fleet.models()}
@@ -206,13 +218,23 @@ class Relay:
             raise self._unknown(call.model)
         return call
 
-    def _parse(self, family: openai_api.Family, request: Request) -> openai_api.Call:
+    def _parse(self, family: openai_api.Family, request: Request, tenant: Tenant) -> openai_api.Call:
         content_type = request.header(b"content-type") if family.forms else None
         if content_type is not None and multipart.is_form(content_type):
             return openai_api.parse_form(family, content_type, request.body, self._aliases)
-        return openai_api.parse(family, request.body, self._aliases, allow_transfer=self._allow_transfer)
+        allow_transfer = self._allow_transfer or tenant.allow_transfer
+        return openai_api.parse(
+            family, request.body, self._aliases, allow_transfer=allow_transfer, salt=tenant.salt
+        )
 
     async def _carry(self, journey: Journey) -> None:
+        """Has a request answered, and its tenant charged for what it took."""
+        try:
+            await self._have_answered(journey)
+        finally:
+            journey.tenant.used(_usage(journey), asyncio.get_running_loop().time())
+
+    async def _have_answered(self, journey: Journey) -> None:
         """Tries replicas until one has answered."""
         key = affinity_key(journey.call, journey.request.headers) if self._keyed else None
         if self._prompted or self.arrivals.wanted(journey.request.received_at):
@@ -355,7 +377,7 @@ class Relay:
             exchange,
             journey.metrics,
             partial(self._first_output, journey),
-            self.decisions.headers(decision),
+            [*self.decisions.headers(decision), *journey.tenant.headers(journey.request.received_at)],
             journey.leg.rest,
             self._continuation.notes(journey.leg),
         )
@@ -369,9 +391,9 @@ class Relay:
                 self._keepers.learn(passage.response_id, flight.standing.id)
         came_at, now = journey.request.received_at, asyncio.get_running_loop().time()
         journey.metrics.duration.observe(now - came_at)
-        if decision.usage is not None and self.arrivals.wanted(now):
+        if passage.usage is not None and self.arrivals.wanted(now):
             named = session(journey.request.headers)
-            self.arrivals.note(came_at, decision.usage, journey.leg.reading.prompt, named)
+            self.arrivals.note(came_at, _usage(journey), journey.asked.reading.prompt, named)
 
     # -- what is noted
 
@@ -428,23 +450,37 @@ def _stream_tokens(journey: Journey) -> int:
     return usage.completion_tokens or 0
 
 
+def _usage(journey: Journey) -> Usage:
+    """What engines reported of all of it; of a stream that was given up, what is known to have come."""
+    passage, prompt = journey.passage, journey.asked.reading.prompt
+    if passage is None:
+        return Usage()
+    if passage.usage is not None:
+        return passage.usage if journey.leg.rest is None else journey.leg.rest.whole(passage.usage)
+    events = passage.events if journey.call.stream else 0
+    return Usage(prompt.num_tokens if prompt and events else 0, events)
+
+
 def upstream_message(journey: Journey, replica: Replica, authority: bytes, prompt_ids: bytes | None) -> bytes:
     """The request as the engine gets it."""
     call, request_id = journey.leg.call, journey.request_id
     nameless = call.kept is not None and call.kept.nameless
-    body = call.upstream_body(responses_api.new_id(replica.id) if nameless else None, prompt_ids)
+    body = call.upstream_body(journey.tenant.new_response_id(replica.id) if nameless else None, prompt_ids)
     if journey.tries > 1:
         request_id += b"-%d" % journey.tries  # an engine that was given up may still know the first
-    return message(journey.request, body, request_id, authority)
+    passed = headers.to_engine(journey.request.headers)
+    return message(journey.request, body, request_id, authority, passed)
 
 
-def message(request: Request, body: bytes, request_id: bytes, authority: bytes) -> bytes:
-    """A client's request with this body, to an engine or another router."""
+def message(
+    request: Request, body: bytes, request_id: bytes, authority: bytes, passed: headers.Headers
+) -> bytes:
+    """A client's request with this body and these of its headers, to an engine or another router."""
     lines = [
         b"%b %b HTTP/1.1" % (request.method.encode("ascii"), request.target.encode("latin-1")),
         b"host: " + authority,
         b"content-length: %d" % len(body),
         b"x-request-id: " + request_id,
     ]
-    lines += [b"%b: %b" % header for header in headers.to_engine(request.headers)]
+    lines += [b"%b: %b" % header for header in passed]
     return b"\r\n".join(lines) + b"\r\n\r\n" + body

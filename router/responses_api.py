@@ -7,8 +7,10 @@ stand in the response's id: engines take the id from the request's `request_id` 
 
 from __future__ import annotations
 
+import hmac
 import re
 import secrets
+from collections.abc import Callable
 from functools import lru_cache
 from hashlib import blake2b
 from typing import Any
@@ -32,7 +34,10 @@ ENDING = Ending(
 
 # 64 bits: among a million replicas two would share a mark with a chance of 1 in 37 million.
 _MARK_BYTES = 8
-_MARKED = re.compile(r"resp_herd_([0-9a-f]{16})_[0-9a-f]{20}")
+_MARKED = re.compile(r"resp_herd_([0-9a-f]{16})_[0-9a-f]{20}(?:_[0-9a-f]{16})?")
+
+# Of an id what only the tenant it was made for can tell.
+Seal = Callable[[str], str]
 
 
 @lru_cache(maxsize=4096)
@@ -41,9 +46,16 @@ def mark(replica_id: str) -> str:
     return blake2b(replica_id.encode(), digest_size=_MARK_BYTES).hexdigest()
 
 
-def new_id(replica_id: str) -> str:
+def new_id(replica_id: str, seal: Seal | None = None) -> str:
     """The id of a response that this replica will keep. Engines' own, `resp_` and 16 or 32 digits, differ."""
-    return f"resp_herd_{mark(replica_id)}_{secrets.token_hex(10)}"
+    made = f"resp_herd_{mark(replica_id)}_{secrets.token_hex(10)}"
+    return made if seal is None else f"{made}_{seal(made)}"
+
+
+def is_sealed(response_id: str, seal: Seal) -> bool:
+    """Whether the id was made with this seal."""
+    made, _, sealed = response_id.rpartition("_")
+    return hmac.compare_digest(sealed.encode(), seal(made).encode())
 
 
 def mark_in(response_id: str) -> str | None:

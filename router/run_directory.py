@@ -72,6 +72,7 @@ class Record(msgspec.Struct, omit_defaults=True):
     dashboard: str | None = None
     ray_address: str | None = None
     token_auth: bool = False
+    keyed: bool = False  # clients need an API key
     ready: bool = False
     ray_folder: str | None = None
     processes: list[Process] = []

@@ -17,6 +17,7 @@ from router.core.shards import knowing, owner
 from router.errors import ApiError, UpstreamError
 from router.gossip import ROUND_S, Gossip
 from router.health import Observer
+from router.http import headers
 from router.http.server import Handler, Reply, Request
 from router.http.upstream import Upstreams
 from router.metrics import Metrics
@@ -124,7 +125,8 @@ class Shards:
         """Whether the owner answered, or began to."""
         upstream = self._upstreams.at(owner.url)
         request_id = request_id_of(request)
-        sent = message(request, request.body, request_id, upstream.authority)
+        passed = headers.to_router(request.headers)
+        sent = message(request, request.body, request_id, upstream.authority, passed)
         try:
             with await upstream.exchange(sent) as exchange:
                 head = exchange.head

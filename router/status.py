@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-import httpx
 import msgspec
 
+from router.admin_client import ask
 from router.port import Port
 from router.run_directory import Record
 
@@ -109,12 +109,8 @@ def _summed(replica: dict[str, Any], views: list[dict[str, Any]]) -> dict[str, A
 
 
 def _seen_by_one(admin: str) -> dict[str, Any] | None:
-    try:
-        reply = httpx.get(f"{admin}/fleet", timeout=5, trust_env=False)
-        reply.raise_for_status()
-        return dict(reply.json())
-    except httpx.HTTPError:
-        return None
+    reply = ask(f"{admin}/fleet")
+    return dict(reply.json()) if reply is not None and reply.is_success else None
 
 
 def _table(columns: dict[str, str], rows: list[dict[str, Any]]) -> list[str]:

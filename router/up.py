@@ -232,6 +232,7 @@ def _first_record(up: Up) -> Record:
         endpoint=endpoint,
         admin=admin,
         routers=up.plan.fleet.router.replicas,
+        keyed=up.plan.fleet.router.tenants.closed,
         run_directory=str(up.directory.path),
         ray_folder=str(new_folder()) if up.address is None else None,
     )

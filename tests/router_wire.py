@@ -22,7 +22,9 @@ from router.http.upstream import Upstreams
 from router.metrics import Metrics
 from router.openai_api import Aliases, refusal
 from router.relay import Relay
+from router.tenants import Tenants, TenantsConfig
 
+OPEN = TenantsConfig()
 WAIT_S = 10.0  # a test that waits longer has failed
 
 Script = Callable[[bytes, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -162,6 +164,7 @@ async def relaying(
     models: Sequence[str] = (),
     aliases: Aliases | None = None,
     decisions: DecisionsConfig = AS_USUAL,
+    tenants: TenantsConfig = OPEN,
 ) -> AsyncIterator[tuple[Relay, Fleet, int]]:
     """A relay in front of these engines; ids are r0, r1, ... Each serves its one of `models`, else `m`."""
     fleet = Fleet()
@@ -173,7 +176,7 @@ async def relaying(
     config = RouterConfig(policy=policy.__name__, aliases=aliases or {}, decisions=decisions)
     caches = Caches(config, fleet, metrics)
     watch = Watch(fleet, metrics, caches)
-    relay = Relay(config, fleet, metrics, watch, caches, upstreams, placed=len)
+    relay = Relay(config, fleet, metrics, watch, caches, upstreams, Tenants(tenants, metrics), placed=len)
     async with serving(relay) as (_, port):
         try:
             yield relay, fleet, port

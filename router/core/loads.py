@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from router.core.fleet import NO_LOAD, Load
+from router.core.quotas import Use
 
 # A router that says nothing for so long is gone; what it had at replicas ended with its connections.
 SILENT_S = 1.0
@@ -19,12 +20,13 @@ SILENT_S = 1.0
 class Report(msgspec.Struct, frozen=True, array_like=True):
     """What a router has at replicas, by their ids; `whole`: and nothing at any other.
 
-    `sequence`: higher with each of its reports.
+    `sequence`: higher with each of its reports. `uses`: what some tenants use there, by their names.
     """
 
     sequence: int
     whole: bool
     loads: dict[str, Load]
+    uses: dict[str, Use] = {}
 
 
 @dataclass(slots=True)

@@ -10,7 +10,10 @@ _HOP_BY_HOP = frozenset(
     b"transfer-encoding upgrade http2-settings".split()
 )
 # Written by the router itself. The engine must not compress what is to be read along.
-_NOT_TO_ENGINES = _HOP_BY_HOP | frozenset(b"host content-length expect accept-encoding x-request-id".split())
+_WRITTEN = frozenset(b"host content-length expect accept-encoding x-request-id".split())
+_NOT_TO_ROUTERS = _HOP_BY_HOP | _WRITTEN
+# Keys are for the router: an engine, and what it logs, has no use for them.
+_NOT_TO_ENGINES = _NOT_TO_ROUTERS | frozenset((b"authorization", b"x-api-key"))
 # Which pages of which origin may read a reply is for the router to say (`cors`), not for what is behind it.
 _CORS = frozenset(
     b"access-control-" + name
@@ -25,6 +28,11 @@ _NOT_TO_CLIENTS = _HOP_BY_HOP | _CORS | frozenset(b"content-length x-request-id"
 def to_engine(headers: Headers) -> Headers:
     """Of a client's headers (lower-case names), those that an engine gets."""
     return _without(headers, _NOT_TO_ENGINES)
+
+
+def to_router(headers: Headers) -> Headers:
+    """Of a client's headers (lower-case names), those that another router gets in place of this one."""
+    return _without(headers, _NOT_TO_ROUTERS)
 
 
 def to_client(headers: Headers) -> Headers:

@@ -15,11 +15,13 @@ import httpx
 import pytest
 import yaml
 from support import (
+    HERD,
     ROOT,
     Server,
     Start,
     eventually,
     free_port,
+    free_ports,
     get,
     processes,
     router,
@@ -68,17 +70,20 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with processes(folder) as start:
         engines = [simulated_engine(start) for _ in range(3)]
         front = router(start, *engines)
-        url = start_prometheus(start, binary, folder, front)
+        url = start_prometheus(start, binary, folder, front.admin.removeprefix("http://"))
         eventually(lambda: len(query(url, 'up{job="herd-engines"} == 1')) == len(engines), timeout=30)
         trouble(front, engines)
         yield url
 
 
-def start_prometheus(start: Start, binary: str, folder: Path, front: Server) -> str:
-    """Prometheus with the configuration that ships, but for the port of the router and the pace."""
+def start_prometheus(start: Start, binary: str, folder: Path, front: str, key: str | None = None) -> str:
+    """Prometheus with the configuration that ships, but for the admin port of the router and the pace."""
     text = (PROMETHEUS / "prometheus.yml").read_text()
-    address = front.admin.removeprefix("http://")
-    text = text.replace("127.0.0.1:8001", address).replace("interval: 5s", "interval: 1s")
+    text = text.replace("127.0.0.1:8001", front).replace("interval: 5s", "interval: 1s")
+    if key is not None:
+        assert text.count("# authorization: ") == 3
+        text = text.replace("# authorization: ", "authorization: ")
+        (folder / "herd-admin-key").write_text(f"{key}\n")
     (folder / "prometheus.yml").write_text(text)
     shutil.copy(PROMETHEUS / "alerts.yml", folder)
     listen = f"127.0.0.1:{free_port()}"
@@ -156,6 +161,20 @@ def test_a_variable_lists_what_is_there_and_narrows(prometheus, name, panel):
     for value in values:
         shown = query(prometheus, substituted(expression, **{name: value}))
         assert [series["metric"][name] for series in shown] == [value]
+
+
+@needs_prometheus
+def test_an_admin_port_that_asks_for_a_key_gets_it_from_prometheus(start, tmp_path):
+    engine, port, admin = simulated_engine(start), str(free_port()), free_ports(1)
+    ports = ("--host", "127.0.0.1", "--port", port, "--admin-port", str(admin))
+    running = start(*HERD, "route", *ports, "--worker-urls", engine.url, env={"HERD_ADMIN_KEY": "the key"})
+    wait_for(running, f"http://127.0.0.1:{port}/ready")
+    url = start_prometheus(start, program("prometheus"), tmp_path, f"127.0.0.1:{admin}", "the key")
+
+    def seen() -> bool:
+        return sorted(s["metric"]["job"] for s in query(url, "up == 1")) == ["herd-engines", "herd-router"]
+
+    eventually(seen, timeout=30)
 
 
 @needs_prometheus

@@ -73,6 +73,7 @@ def test_turns_of_one_conversation_have_one_key(path, first, later):
         (RESPONSES, {"instructions": "s", "input": "hello"}, {"instructions": "t", "input": "hello"}),
         (TEXT, {"prompt": "hello"}, {"prompt": "hi"}),
         (CHAT, {"messages": [HELLO]}, {"messages": [HELLO], "model": "lora"}),
+        (CHAT, {"cache_salt": "a", **ASKED}, {"cache_salt": "b", **ASKED}),
     ],
 )
 def test_different_conversations_have_different_keys(path, one, other):

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from router.arrivals import BLOCK_TOKENS, LEASE_S, MOST, Arrivals, block_keys
 from router.core.blocks import Prompt, root_key
+from router.http.sse import Usage
 
 lengths = st.integers(1, 3 * BLOCK_TOKENS)
 
@@ -48,7 +49,7 @@ def test_there_is_one_for_each_begun_block_that_was_computed(prompt, input_lengt
 
 
 def usage(number):
-    return number, 0, 1
+    return Usage(number, 1)
 
 
 def lengths_of(batch):
@@ -98,5 +99,5 @@ def test_no_more_are_kept_than_a_recorder_can_ask_for(monkeypatch):
 def test_only_what_can_be_replayed_is_kept():
     arrivals = Arrivals()
     arrivals.after(None, now=0.0)
-    arrivals.note(0.0, (5, 0, 0), None, None)  # embeddings have no output
+    arrivals.note(0.0, Usage(5, 0), None, None)  # embeddings have no output
     assert arrivals.after(0, now=0.0).arrivals == []

@@ -1,5 +1,8 @@
 """The command line: quick where it can be, one sentence where it cannot."""
 
+import hashlib
+import os
+import re
 import subprocess
 import sys
 import time
@@ -9,6 +12,7 @@ import pytest
 from support import ROOT
 
 from router.core.placement import POLICIES
+from router.tenants import load
 
 TRACE, SIM_8B = (str(ROOT / name) for name in ("loadtests/traces/synthetic.jsonl.gz", "deploy/sim-8b.yaml"))
 TWIN = ("--trace", TRACE, "--fleet", SIM_8B)
@@ -23,7 +27,18 @@ def run(*args: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     "command",
-    [(), ("up",), ("down",), ("status",), ("explain",), ("record",), ("route",), ("simulate",), ("engine",)],
+    [
+        (),
+        ("up",),
+        ("down",),
+        ("status",),
+        ("explain",),
+        ("record",),
+        ("route",),
+        ("simulate",),
+        ("key",),
+        ("engine",),
+    ],
 )
 def test_help_lists_options_and_needs_neither_ray_nor_the_router(command: tuple[str, ...]) -> None:
     loaded = (
@@ -63,6 +78,13 @@ def test_status_is_quick(tmp_path: Path) -> None:
         (("simulate", "--trace", SIM_8B, "--fleet", SIM_8B), 1, "sim-8b.yaml, line 1: "),
         (("simulate", "--trace", TRACE, "--fleet", TRACE), 1, "synthetic.jsonl.gz: "),
         (("route",), 2, "--worker-urls"),
+        (("route", "--worker-urls", "http://h:1", "--api-keys-file", "none"), 2, "'none' does not exist"),
+        (("route", "--worker-urls", "http://h:1", "--api-keys-file", SIM_8B), 1, "tenants: Field required"),
+        (
+            ("route", "--worker-urls", "http://h:1", "--admin-host", "0.0.0.0"),
+            1,
+            "admin_key: admin_host 0.0.0.0 can be reached from other machines",
+        ),
         (("route", "--worker-urls", "localhost:8000"), 1, "--worker-urls: 'localhost:8000'"),
         (("route", "--worker-urls", "http://127.0.0.1:1", "--policy", "magic"), 1, "policy: 'magic' is not"),
         (
@@ -93,6 +115,29 @@ def test_wrong_arguments_are_named_in_one_line(args: tuple[str, ...], code: int,
     done = run(*args)
     assert done.returncode == code
     assert says in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("args", "env"), [(("--api-key", ""), {}), ((), {"HERD_API_KEY": ""})])
+def test_an_empty_key_does_not_open_the_endpoint(args: tuple[str, ...], env: dict[str, str]) -> None:
+    argv = [str(HERD), "route", "--worker-urls", "http://127.0.0.1:1", *args]
+    done = subprocess.run(argv, env={**os.environ, **env}, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, "HERD_API_KEY, is empty" in done.stderr) == (2, True)
+
+
+def test_a_new_key_is_shown_once_beside_what_is_kept_of_it() -> None:
+    for args, name in ((("new", "acme"), "acme"), (("admin",), "HERD_ADMIN_KEY")):
+        done = run("key", *args)
+        (key,) = re.findall(r"sk-herd-[\w-]{43}", done.stderr)
+        assert name in done.stderr
+        assert f"sha256:{hashlib.sha256(key.encode()).hexdigest()}" in done.stdout
+        assert key not in done.stdout
+
+
+def test_what_is_made_for_a_file_of_tenants_makes_one(tmp_path: Path) -> None:
+    path = tmp_path / "tenants.yaml"
+    parts = [run("key", "secret").stdout, "tenants:\n", *(run("key", "new", name).stdout for name in "ab")]
+    path.write_text("".join(parts))
+    assert [len(tenant.keys) for tenant in load(path).tenants.values()] == [1, 1]
 
 
 def test_a_fleet_file_and_flags_that_describe_a_fleet_exclude_each_other() -> None:

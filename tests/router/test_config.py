@@ -18,6 +18,11 @@ def test_a_model_may_have_other_names():
     assert fleet.router.aliases == {"gpt-4o": "m", "o1": "m"}
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1", "localhost"])
+def test_on_loopback_admin_ports_need_no_key(host):
+    assert parse({"models": [MODEL], "router": {"admin_host": host}}).router.admin_key is None
+
+
 @pytest.mark.parametrize(
     ("args", "told"),
     [
@@ -50,6 +55,24 @@ def test_a_model_may_have_other_names():
         ({"models": [MODEL], "router": {"limits": {"idle_s": 0}}}, "router.limits.idle_s: "),
         ({"models": [MODEL], "router": {"decisions": {"keep": -1}}}, "router.decisions.keep: "),
         ({"models": [MODEL], "router": {"decisions": {"log": 1}}}, "router.decisions.log: Extra inputs"),
+        ({"models": [MODEL], "router": {"tenants": {"keys": ["k"]}}}, "router.tenants.keys.0: String should"),
+        (
+            {"models": [MODEL], "router": {"tenants": {"file": "tenants.yaml"}}},
+            "router.tenants.file: 'tenants.yaml' is not an absolute path",
+        ),
+        (
+            {"models": [MODEL], "router": {"tenants": {"file": "/f", "keys": [f"sha256:{'0' * 64}"]}}},
+            "router.tenants: keys: they belong into the file",
+        ),
+        (
+            {"models": [MODEL], "router": {"admin_host": "0.0.0.0"}},
+            "router: admin_key: admin_host 0.0.0.0 can be reached from other machines",
+        ),
+        (
+            {"models": [MODEL], "router": {"admin_host": "node-7"}},
+            "router: admin_key: admin_host node-7 can be reached",
+        ),
+        ({"models": [MODEL], "router": {"admin_key": "k"}}, "router.admin_key: String should match"),
         ({"models": [MODEL], "router": {"replicas": 0}}, "router.replicas: Input should be greater than"),
         (
             {"models": [MODEL], "router": {"replicas": 2, "shards": 3}},

@@ -9,8 +9,9 @@ from router_wire import until
 
 from router.core.fleet import Fleet, Load, Replica
 from router.core.loads import SILENT_S, Report
+from router.core.quotas import Allowance, Quota
 from router.errors import ListenError
-from router.gossip import HEAD, MOST_REPLICAS, ROUND_S, VERSION, Gossip, _encode
+from router.gossip import HEAD, MOST_REPLICAS, MOST_TENANTS, ROUND_S, VERSION, Gossip, _encode
 from router.metrics import Metrics
 from router.port import Contact
 
@@ -18,11 +19,12 @@ from router.port import Contact
 class Router:
     """What gossip needs of a router process, in front of replicas a, b and c."""
 
-    def __init__(self, directory, replicas=("a", "b", "c")):
+    def __init__(self, directory, replicas=("a", "b", "c"), tenants=()):
         self.fleet, self.metrics, self._directory = Fleet(), Metrics(), directory
         for name in replicas:
             self.fleet.joined(Replica(name, f"http://{name}", ("m",)), now=0.0)
-        self.gossip = Gossip(self.fleet, self.metrics, lambda: list(directory))
+        self.quotas = {name: Quota(Allowance(8, 1000, 100_000)) for name in tenants}
+        self.gossip = Gossip(self.fleet, self.metrics, lambda: list(directory), lambda: self.quotas)
 
     async def start(self):
         self.contact = await self.gossip.start("127.0.0.1")
@@ -128,6 +130,17 @@ async def test_more_than_a_datagram_holds():
         for name in names:
             one.fleet.started(name, now=0.0)
         await until(lambda: two.elsewhere(*names) == [1] * len(names))
+
+
+async def test_tenants_have_one_allowance_at_all_routers():
+    names = [f"tenant-{n}" for n in range(MOST_TENANTS + 1)]
+    async with routers(2, tenants=names) as (one, two):
+        await until(lambda: spoken(one) == spoken(two) == 1)
+        for name in names:
+            one.quotas[name].enter(0.0)
+        await until(lambda: [two.quotas[name].elsewhere for name in names] == [1] * len(names))
+        fall_silent(one)
+        await until(lambda: not any(quota.elsewhere for quota in two.quotas.values()))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 import pytest
 
-from router.http.headers import to_client, to_engine, tokens
+from router.http.headers import to_client, to_engine, to_router, tokens
 
 
 @pytest.mark.parametrize(
@@ -13,7 +13,7 @@ from router.http.headers import to_client, to_engine, tokens
 )  # fmt: skip
 def test_what_is_of_one_hop_or_written_anew_passes_in_no_direction(name):
     headers = [(b"a", b"1"), (name, b"x"), (b"b", b"2")]
-    assert to_engine(headers) == to_client(headers) == [(b"a", b"1"), (b"b", b"2")]
+    assert to_engine(headers) == to_router(headers) == to_client(headers) == [(b"a", b"1"), (b"b", b"2")]
 
 
 def test_what_connection_names_is_of_one_hop():
@@ -24,6 +24,12 @@ def test_what_connection_names_is_of_one_hop():
 @pytest.mark.parametrize("name", [b"host", b"expect", b"accept-encoding"])
 def test_what_engines_do_not_get(name):
     assert to_engine([(name, b"x"), (b"traceparent", b"00-1")]) == [(b"traceparent", b"00-1")]
+
+
+@pytest.mark.parametrize("name", [b"authorization", b"x-api-key"])
+def test_keys_pass_to_other_routers_and_no_further(name):
+    assert to_engine([(name, b"x")]) == []
+    assert to_router([(name, b"x")]) == [(name, b"x")]
 
 
 @pytest.mark.parametrize("name", [b"access-control-allow-origin", b"access-control-expose-headers"])

@@ -58,6 +58,19 @@ def test_the_files_that_ship_are_plans(name: str) -> None:
     assert planned.document["applications"][0]["import_path"] == "router.app:build"
 
 
+def test_keys_come_beside_what_the_file_says_of_tenants() -> None:
+    args = {"models": [{"name": "m", "engine": "simulated", "source": "demo"}]}
+    key, other = (f"sha256:{digit * 64}" for digit in "12")
+    bare = plan.Plan(plan.document(args), "")
+    assert bare.for_tenants({}, None).fleet == bare.fleet
+    router = bare.for_tenants({"keys": [key]}, other).fleet.router
+    assert (router.tenants.keys, router.admin_key) == ((key,), other)
+    with_file = plan.Plan(plan.document({**args, "router": {"tenants": {"file": "/f"}}}), "")
+    assert with_file.for_tenants({}, None).fleet.router.tenants.file == "/f"
+    with pytest.raises(ConfigError, match="keys: they belong into the file"):
+        _ = with_file.for_tenants({"keys": [key]}, None).fleet
+
+
 def test_a_file_with_an_unknown_key_is_refused_by_file_and_key(tmp_path: Path) -> None:
     path = tmp_path / "fleet.yaml"
     model = {"name": "m", "engine": "simulated", "source": "demo", "replica": 2}

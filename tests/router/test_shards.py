@@ -10,6 +10,7 @@ from router_wire import LAST_CHUNK, VLLM_PAGES, WAIT_S, answering, client, engin
 from router.config import RouterConfig
 from router.front import FrontDoor
 from router.health import Endpoint
+from router.keys import hash_of
 
 # Of so many all routers have some, whatever their names.
 REPLICAS = 16
@@ -36,9 +37,9 @@ class Router:
 
 
 @contextlib.asynccontextmanager
-async def router(name, url):
+async def router(name, url, **settings):
     config = RouterConfig(
-        host="127.0.0.1", port=0, admin_port=0, policy="least_requests", replicas=2, shards=2
+        host="127.0.0.1", port=0, admin_port=0, policy="least_requests", replicas=2, shards=2, **settings
     )
     front = FrontDoor(config, fleet=name)
     await front.start()
@@ -51,8 +52,12 @@ async def router(name, url):
 
 
 @contextlib.asynccontextmanager
-async def two_routers(script):
-    async with engine(script) as (it, url), router("one", url) as one, router("two", url) as two:
+async def two_routers(script, **settings):
+    async with (
+        engine(script) as (it, url),
+        router("one", url, **settings) as one,
+        router("two", url, **settings) as two,
+    ):
         for each in (one, two):
             each.front.meet([one.front.contact, two.front.contact])
         await until(
@@ -103,11 +108,11 @@ async def told(port, message):
         return await c.reply()
 
 
-async def owned_by(router, seen_from):
+async def owned_by(router, seen_from, *headers):
     """Something said that belongs to one router, found by asking the other."""
     for said in TALKS:
         before = router.answered
-        await told(seen_from.port, chat(said))
+        await told(seen_from.port, chat(said, *headers))
         if router.answered > before:
             return said
     raise AssertionError(f"none of {len(TALKS)} conversations belongs to it")
@@ -169,6 +174,17 @@ async def test_what_was_passed_on_is_not_passed_on_again():
         before = one.answered
         await told(one.front.contact.direct, chat(said))
         assert one.answered == before + 1
+
+
+async def test_a_key_is_asked_for_wherever_a_request_arrives_and_is_passed_on_to_its_owner():
+    key = "authorization: Bearer the key"
+    async with two_routers(says, tenants={"keys": [hash_of("the key")]}) as (it, one, two):
+        said = await owned_by(two, one, key)
+        for port in (one.port, two.port, one.front.contact.direct, two.front.contact.direct):
+            assert (await told(port, chat(said, key)))[0] == 200
+            assert (await told(port, chat(said)))[0] == 401
+        assert one.outcomes()["passed"] > 0
+        assert not any(b"the key" in request for request in it.requests)
 
 
 async def test_a_request_whose_owner_is_gone_is_answered_here():

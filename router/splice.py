@@ -13,7 +13,7 @@ import msgspec
 
 from router.core.continuation import Seam
 from router.errors import ReplyFailed
-from router.http.sse import EventStream, Shortcut, Splitter, Usage
+from router.http.sse import EventStream, PromptTokensDetails, Shortcut, Splitter, Usage
 from router.http.transcript import Origin, Transcript
 
 _DATA = b"data: "
@@ -105,6 +105,12 @@ class Spliced:
         """All that the client has."""
         ahead = "" if self._ahead else self.seam.ahead
         return self.told.text + ahead + self.transcript.text[len(self.seam.again) :]
+
+    def whole(self, usage: Usage) -> Usage:
+        """What an engine reported of its part, as of the whole stream."""
+        told = self.told
+        count = self.seam.kept + (usage.completion_tokens or 0)
+        return Usage(told.prompt_tokens, count, PromptTokensDetails(told.cached_tokens))
 
     # -- on its way
 
