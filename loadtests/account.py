@@ -29,11 +29,16 @@ async def counted(urls: Iterable[str]) -> Counter[str]:
     return total
 
 
-async def decisions(admin: str, last: int) -> list[dict[str, Any]]:
-    """How Herd placed its last requests, or the last 1,000 of more; the newest first."""
+async def tries(admin: str, last: int) -> list[list[dict[str, Any]]]:
+    """How Herd placed its last requests, or the last 1,000 of more, with each try; the newest first."""
     async with httpx.AsyncClient(trust_env=False, timeout=30) as client:
         reply = await client.get(f"{admin}/decisions", params={"last": min(last, MOST_DECISIONS)})
-    return [told["attempts"][-1] for told in reply.raise_for_status().json()]
+    return [told["attempts"] for told in reply.raise_for_status().json()]
+
+
+async def decisions(admin: str, last: int) -> list[dict[str, Any]]:
+    """The last try of each of these."""
+    return [attempts[-1] for attempts in await tries(admin, last)]
 
 
 async def untrusted(admin: str) -> list[str]:
