@@ -57,7 +57,7 @@ JSON = (b"content-type", b"application/json")
 MODEL_PATH = "/v1/models/"
 MAX_REQUEST_ID = 128  # longer ones are not identifiers; they would end up in logs and engine ids
 # A request that had a replica, and lost it with all others, waits so long for one (seconds).
-PATIENCE_S = 10.0
+PATIENCE_S = 30.0
 
 
 @dataclass(slots=True)

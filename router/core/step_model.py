@@ -23,6 +23,8 @@ LEAST_TOKENS = 8
 # What was seen of a replica fades within such a time (seconds) into what is seen of its kin. So one that
 # looks slow, and is given nothing for that, gets another chance; what is observed meanwhile weighs more.
 FADE_S = 300.0
+# Factors that differ by less than a quarter are taken to be the same.
+ALIKE = log(1.25)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +53,15 @@ PRIORS: Mapping[str, StepCosts] = MappingProxyType(
 class Factor:
     """A factor on predictions, learnt from pairs of what was predicted and what was observed.
 
-    It follows the median of their ratio: each pair moves it a step up or down, and no further.
+    Its `own` value follows the median of their ratio: each pair moves it a step up or down, and no further.
+    `common`: what that is among those like it. Where the two are nearly the same the difference is chance,
+    which must not decide where requests go. `value`: what predictions are multiplied by.
     """
 
-    value: float = 1.0
+    own: float = 1.0
     observations: int = 0
+    common: float | None = None
+    value: float = 1.0
 
     def observe(self, predicted: float, observed: float) -> None:
         """One pair, in seconds, predicted with the factor as it is."""
@@ -63,11 +69,19 @@ class Factor:
             return
         self.observations += 1
         most = max(LEAST_MOVE, FIRST_MOVE / self.observations)
-        self.value *= exp(max(-most, min(most, log(observed) - log(predicted))))
+        off = log(observed) - log(predicted) + log(self.value / self.own)
+        self.own *= exp(max(-most, min(most, off)))
+        self._choose()
 
     def fade(self, common: float, share: float) -> None:
         """A share of the way to what is common among its kin; all of it before the first observation."""
-        self.value *= (common / self.value) ** (share if self.observations else 1.0)
+        self.own *= (common / self.own) ** (share if self.observations else 1.0)
+        self.common = common
+        self._choose()
+
+    def _choose(self) -> None:
+        alike = self.common is not None and abs(log(self.own / self.common)) < ALIKE
+        self.value = self.common if alike and self.common is not None else self.own
 
 
 @dataclass(slots=True)
@@ -126,4 +140,4 @@ def fade(kin: Sequence[StepModel], passed_s: float) -> None:
 
 def _common(factors: Iterable[Factor]) -> float:
     """The median of those that observed something."""
-    return median_low([factor.value for factor in factors if factor.observations] or [1.0])
+    return median_low([factor.own for factor in factors if factor.observations] or [1.0])

@@ -101,13 +101,14 @@ async def test_the_admin_port_tells_backlog_and_step_model():
         front.fleet.started("a", now - 30, Prompt(10**7))  # hours of work
         front.fleet.first_token(first, now)
         standing = front.fleet.get("a")
+        learnt = pytest.approx(standing.steps.prefill.value)
         (replica,) = json.loads((await get(front.admin_port, "/fleet"))[2])["replicas"]
         assert (replica["decoding"], replica["context_tokens"]) == (1, 1000)
         assert replica["backlog_s"] == pytest.approx(standing.backlog_s(now), abs=10)
         assert replica["step_model"] == {
             "prior": "vllm-cpu",
-            "prefill": {"value": pytest.approx(standing.steps.prefill.value), "observations": 1},
-            "decode": {"value": 1.0, "observations": 0},
+            "prefill": {"own": learnt, "observations": 1, "common": None, "value": learnt},
+            "decode": {"own": 1.0, "observations": 0, "common": None, "value": 1.0},
             "step_s": pytest.approx(standing.steps.step_s(1, 1000)),
         }
         metrics = (await get(front.admin_port, "/metrics"))[2].decode()

@@ -76,7 +76,7 @@ def test_streams_teach_decoding_unless_they_are_short():
 
 def models(*factors: tuple[float, int]) -> list[StepModel]:
     """With such factors for decoding, learnt from so many observations."""
-    return [StepModel(StepModel.of().prior, decode=Factor(value, count)) for value, count in factors]
+    return [StepModel(StepModel.of().prior, decode=Factor(own, count, value=own)) for own, count in factors]
 
 
 def test_what_one_seems_to_be_fades_into_what_its_kin_are():
@@ -87,6 +87,15 @@ def test_what_one_seems_to_be_fades_into_what_its_kin_are():
     for _ in range(20):
         fade(kin, FADE_S)
     assert kin[2].decode.value == pytest.approx(1.0)
+
+
+def test_small_differences_are_chance():
+    kin = models((1.0, 50), (1.1, 50), (1.2, 50), (2.0, 50))
+    fade(kin, 0.001)
+    assert [round(steps.decode.value, 3) for steps in kin] == [1.1, 1.1, 1.1, 2.0]
+    for _ in range(50):  # it goes on to be observed as it is, and is found out when that is another
+        kin[0].decode.observe(kin[0].decode.value, 0.5)
+    assert kin[0].decode.value == pytest.approx(0.5, rel=0.05)
 
 
 def test_a_new_one_is_taken_for_what_its_kin_are():
