@@ -291,6 +291,8 @@ async def row(fault: Fault, oracle: Oracle, cores: Cores) -> list[str]:
     outcomes = Counter(stream.outcome for stream in streams)
     for stream in itertools.islice((s for s in streams if s.outcome in ("failed", "altered")), 3):
         click.echo(f"{fault.name}: {stream.outcome}: {stream.error or stream.raw[-300:]!r}", err=True)
+        if stream.outcome == "altered":
+            click.echo(f"expected {stream.expected!r}, got {said(stream.raw)[0]!r}", err=True)
     whole = [stream for stream in streams if stream.outcome == "whole"]
     calm = max((s.gap for s in whole if s.ended < FAULT_AT_S), default=0.0)
     worst = max((s.gap for s in whole if s.ended >= FAULT_AT_S), default=0.0)

@@ -23,8 +23,8 @@ LEAST_TOKENS = 8
 # What was seen of a replica fades within such a time (seconds) into what is seen of its kin. So one that
 # looks slow, and is given nothing for that, gets another chance; what is observed meanwhile weighs more.
 FADE_S = 300.0
-# Factors that differ by less than a quarter are taken to be the same.
-ALIKE = log(1.25)
+# Factors that differ by less than a quarter, or that so few observations tell of, are taken to be the same.
+ALIKE, TELLING = log(1.25), 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +54,8 @@ class Factor:
     """A factor on predictions, learnt from pairs of what was predicted and what was observed.
 
     Its `own` value follows the median of their ratio: each pair moves it a step up or down, and no further.
-    `common`: what that is among those like it. Where the two are nearly the same the difference is chance,
-    which must not decide where requests go. `value`: what predictions are multiplied by.
+    `common`: what that is among those like it. Where the two are nearly the same, or little was observed, the
+    difference is chance, which must not decide where requests go. `value`: what predictions are multiplied by.
     """
 
     own: float = 1.0
@@ -80,8 +80,9 @@ class Factor:
         self._choose()
 
     def _choose(self) -> None:
-        alike = self.common is not None and abs(log(self.own / self.common)) < ALIKE
-        self.value = self.common if alike and self.common is not None else self.own
+        common = self.own if self.common is None else self.common
+        chance = self.observations < TELLING or abs(log(self.own / common)) < ALIKE
+        self.value = common if chance else self.own
 
 
 @dataclass(slots=True)

@@ -235,6 +235,7 @@ class Upstream:
         self._idle: list[Connection] = []  # the latest used last
         self.busy: set[Connection] = set()
         self.heard = False
+        self._cuts = 0
         self._closed = False
 
     async def exchange(self, message: bytes) -> Exchange:
@@ -244,10 +245,11 @@ class Upstream:
         the request then goes out once more on a new one.
         """
         if (connection := self._take()) is not None:
+            cuts = self._cuts
             try:
                 return await self._send(connection, message)
             except ReplyCut:
-                if connection.received_any:
+                if connection.received_any or self._cuts > cuts:
                     raise
         return await self._send(await self._connect(), message)
 
@@ -300,6 +302,7 @@ class Upstream:
 
     def cut(self) -> None:
         """Ends all connections now: nothing more is expected of the replica."""
+        self._cuts += 1
         for connection in (*self.busy, *self._idle):
             connection.drop()
 

@@ -7,6 +7,7 @@ import pytest
 from router.core.blocks import TEXT_BLOCK_BYTES, TEXT_BLOCK_TOKENS, Prompt
 from router.core.fleet import Cached, Fleet, Load, Replica, Trust
 from router.core.kv_events import BlockStored
+from router.core.step_model import TELLING
 
 BLOCK = 16
 
@@ -217,13 +218,12 @@ def test_who_says_nothing_before_the_end_counts_as_prefilled_in_time(fleet):
 
 def test_a_replica_that_looked_slow_is_tried_again(fleet):
     fleet.joined(Replica("other", "http://other", ("n",)), now=0.0)
-    slow, quick, other = fleet.get("r0").steps, fleet.get("r1").steps, fleet.get("other").steps
+    factors = {id: fleet.get(id).steps.decode for id in ("r0", "r1", "other")}
+    for id, truth in {"r0": 2.0, "r1": 1.1, "other": 1.7}.items():
+        for _ in range(TELLING):
+            factors[id].observe(factors[id].value, truth)
     fleet.view("m", now=2.0)
-    slow.decode.observe(1.0, 1.5)
-    quick.decode.observe(1.0, 1.1)
-    other.decode.observe(1.0, 1.4)
-    fleet.view("m", now=2.5)
-    assert slow.decode.value == pytest.approx(1.5)
+    assert factors["r0"].value == pytest.approx(2.0, rel=0.1)
     fleet.view("m", now=9000.0)
-    assert slow.decode.value == pytest.approx(quick.decode.value, rel=1e-3)
-    assert other.decode.value == pytest.approx(1.4)
+    assert factors["r0"].value == factors["r1"].value == pytest.approx(1.1, rel=0.1)
+    assert factors["other"].value == pytest.approx(1.7, rel=0.1)
