@@ -123,11 +123,11 @@ def answering(process: Running, url: str, kind: str, timeout: float) -> RunningE
     return RunningEngine(kind, url, process)
 
 
-def start_engine(start: Start, kind: str, args: dict[str, Any]) -> RunningEngine:
-    """An engine of the demo model, started the way a replica starts it."""
+def start_engine(start: Start, kind: str, args: dict[str, Any], port: int | None = None) -> RunningEngine:
+    """An engine of the demo model, started the way a replica starts it; on any free port if none is given."""
     store = {"VLLM_ENABLE_RESPONSES_API_STORE": "1"}  # the simulated engine always keeps responses
     engine = make_engine(EngineSpec(engine=kind, name=MODEL, source="demo", engine_args=args, env=store))
-    address = Address("127.0.0.1", free_port())
+    address = Address("127.0.0.1", port or free_port())
     command = engine.command(address)
     process = start(*command.argv, env=command.env)
     return answering(process, address.url, kind, START_TIMEOUT_S if kind == "vllm" else 20)
