@@ -15,7 +15,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -28,6 +28,7 @@ import msgspec
 from loadtests import account, contenders, generator, prompts
 from loadtests.bench import Cores, machine, ready, run_bench, trusting
 from loadtests.contenders import Contender, Running
+from loadtests.cpu import rss_bytes
 from loadtests.engines import MODEL
 from loadtests.open_loop import arrivals
 from loadtests.oracle import Oracle
@@ -45,6 +46,9 @@ ENGINE_ARGS = {"step-time": "0.015,33e-6,45e-6,0", "max-num-seqs": 64, "block-si
 STARTUP_S = 60.0
 REPLY_S = 60.0
 PROMPT_SIZE = 600
+# A connection that a dying process had not accepted yet is its own as well.
+ACCEPTING_S = 0.2
+BAD = ("failed", "altered")
 
 
 @dataclass(slots=True)
@@ -60,13 +64,16 @@ class Stream:
     gap: float = 0.0
     ttft: float = 0.0
     ended: float = 0.0
+    router_died: bool = False
 
     @property
     def outcome(self) -> str:
-        """`whole`, `refused` (with Retry-After), `altered`, or `failed`."""
+        """`whole`, `refused` (with Retry-After), `altered`, `lost` with its router, or `failed`."""
         if self.status in (429, 503) and self.retry_after:
             return "refused"
         text, done = said(self.raw)
+        if self.error and self.router_died:
+            return "lost"
         if self.error or self.status != 200 or not done:
             return "failed"
         return "whole" if text == self.expected else "altered"
@@ -94,6 +101,7 @@ class Bed:
     engines: list[EngineProcess]
     restart: Callable[[int], None]
     began: float = 0.0
+    router_deaths: list[float] = field(default_factory=list)
     notes: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -109,6 +117,17 @@ class Bed:
         for engine in which:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.engines[engine].pid, number)
+
+    def weigh(self) -> None:
+        """Notes how much memory the router takes: at half time, and at the end."""
+        told = f"{rss_bytes(self.router.pid) / 1e6:.0f}"
+        self.notes["router RSS MB"] = " to ".join(filter(None, (self.notes.get("router RSS MB"), told)))
+
+    def kill_router(self) -> None:
+        """One of its processes; the others go on, and its parent starts another."""
+        children = Path(f"/proc/{self.router.pid}/task/{self.router.pid}/children").read_text().split()
+        os.kill(int(children[0]), signal.SIGKILL)
+        self.router_deaths.append(self.now)
 
     async def fault(self, engine: int, **told: Any) -> None:
         """What an engine is told to do."""
@@ -177,13 +196,41 @@ async def answers(url: str) -> None:
             await asyncio.sleep(0.05)
 
 
+async def half_routed(bed: Bed) -> None:
+    bed.kill_router()
+
+
+async def churn(bed: Bed) -> None:
+    """One fault after the other, each on the next engine, which is whole again before its turn comes anew."""
+    for number in itertools.count():
+        engine = number % len(bed.engines)
+        kind = number % 5
+        if kind == 0:
+            bed.signal(signal.SIGKILL, engine)
+            await bed.engines[engine].wait()
+            bed.restart(engine)
+        elif kind == 1:
+            bed.signal(signal.SIGSTOP, engine)
+            await asyncio.sleep(4.0)
+            bed.signal(signal.SIGCONT, engine)
+        elif kind == 2:
+            await bed.fault(engine, kind="error_event", after_chunks=20, times=5)
+        elif kind == 3:
+            await bed.fault(engine, kind="cut", after_chunks=9, times=5)
+        else:
+            bed.kill_router()
+        await answers(bed.engines[engine].url)
+        await asyncio.sleep(1.5)
+
+
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """A row of the table: what is done, and how long the load lasts (seconds)."""
+    """A row of the table: what is done, and how long the load lasts (seconds). `routers`: its processes."""
 
     name: str
     act: Act
     seconds: float = 15.0
+    routers: int = 1
 
 
 FAULTS = (
@@ -192,12 +239,14 @@ FAULTS = (
     Fault("answers 500 for 8 s", failing, 20.0),
     Fault("error event, then [DONE], 20 times", erring),
     Fault("all down for 10 s", gone, 28.0),
+    Fault("one of two router processes killed", half_routed, routers=2),
 )
+CHURN = Fault("churn", churn, routers=2)
 
 
 @contextlib.asynccontextmanager
-async def bed_of(cores: Cores) -> AsyncIterator[Bed]:
-    """Engines and a router that trusts them."""
+async def bed_of(routers: int, cores: Cores) -> AsyncIterator[Bed]:
+    """Engines and a router that trusts them, of so many processes."""
     spec = EngineSpec(engine="simulated", name=MODEL, source=DEMO, engine_args=ENGINE_ARGS)
     engine = make_engine(spec)
     with TemporaryDirectory(prefix="herd-bench-") as folder:
@@ -210,7 +259,8 @@ async def bed_of(cores: Cores) -> AsyncIterator[Bed]:
             running[number] = EngineProcess(engine.command(address), address, logs[number])
 
         try:
-            herd = Contender(contenders.HERD, contenders.herd("kv_aware"))
+            processes = ("--processes", str(routers)) if routers > 1 else ()
+            herd = Contender(contenders.HERD, contenders.herd("kv_aware", *processes))
             with contenders.running(herd, [one.url for one in running], cores.router) as router:
                 await ready(herd.name, router, MODEL)
                 await trusting(router)
@@ -269,10 +319,16 @@ async def load(bed: Bed, fault: Fault, oracle: Oracle) -> list[Stream]:
         await asyncio.sleep(FAULT_AT_S)
         await fault.act(bed)
 
-    async with asyncio.TaskGroup() as group:
-        group.create_task(act())
-        for stream, (request, _) in zip(streams, asked, strict=True):
-            group.create_task(one(stream, request))
+    acting = asyncio.create_task(act())
+    await asyncio.gather(
+        *(one(*sent) for sent in zip(streams, (request for request, _ in asked), strict=True))
+    )
+    if acting.done():
+        acting.result()
+    acting.cancel()
+    for stream in streams:
+        first, last = stream.began - ACCEPTING_S, stream.ended + ACCEPTING_S
+        stream.router_died = any(first < died < last for died in bed.router_deaths)
     return streams
 
 
@@ -283,59 +339,84 @@ def made(seed: str, port: int, oracle: Oracle) -> tuple[bytes, str]:
     return generator.message(port, body), oracle.says(messages, TOKENS)
 
 
-async def row(fault: Fault, oracle: Oracle, cores: Cores) -> list[str]:
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What became of a run's streams. `counted`: what a router of one process counted."""
+
+    fault: Fault
+    streams: list[Stream]
+    counted: Counter[str] | None
+    notes: dict[str, str]
+
+    @property
+    def outcomes(self) -> Counter[str]:
+        return Counter(stream.outcome for stream in self.streams)
+
+
+async def run(fault: Fault, oracle: Oracle, cores: Cores) -> Result:
     """One fault, on engines and a router of its own."""
-    async with bed_of(cores) as bed:
+    async with bed_of(fault.routers, cores) as bed:
+        half = asyncio.get_running_loop().call_later(fault.seconds / 2, bed.weigh)
         streams = await load(bed, fault, oracle)
-        counted = await account.counted([bed.admin])
-    outcomes = Counter(stream.outcome for stream in streams)
-    for stream in itertools.islice((s for s in streams if s.outcome in ("failed", "altered")), 3):
-        click.echo(f"{fault.name}: {stream.outcome}: {stream.error or stream.raw[-300:]!r}", err=True)
-        if stream.outcome == "altered":
-            click.echo(f"expected {stream.expected!r}, got {said(stream.raw)[0]!r}", err=True)
+        half.cancel()
+        bed.weigh()
+        # Of several router processes none counts for the others, and the killed ones are forgotten.
+        counted = await account.counted([bed.admin]) if fault.routers == 1 else None
+    return Result(fault, streams, counted, bed.notes)
+
+
+def row(result: Result) -> list[str]:
+    """Of the table; the first failures are told on standard error."""
+    fault, streams, outcomes, counted = result.fault, result.streams, result.outcomes, result.counted
+    for stream in itertools.islice((s for s in streams if s.outcome in BAD), 3):
+        told = stream.error or stream.raw[-300:]
+        click.echo(
+            f"{fault.name}: {stream.outcome} at {stream.began:.2f} to {stream.ended:.2f} s: {told!r}",
+            err=True,
+        )
     whole = [stream for stream in streams if stream.outcome == "whole"]
-    calm = max((s.gap for s in whole if s.ended < FAULT_AT_S), default=0.0)
-    worst = max((s.gap for s in whole if s.ended >= FAULT_AT_S), default=0.0)
-    late = max((s.ttft for s in whole if s.ended >= FAULT_AT_S), default=0.0)
-    tries = 1 + counted["herd_retries_total"] / len(streams)
-    back = [s.began for s in streams if s.outcome == "refused"]
-    notes = bed.notes | ({"last refused at": f"{max(back):.1f} s"} if back else {})
+    before = [stream for stream in whole if stream.ended < FAULT_AT_S]
+    behind = [stream for stream in whole if stream.ended >= FAULT_AT_S]
+    gap = max(s.gap for s in behind) - max(s.gap for s in before)
+    refused = [s.began for s in streams if s.outcome == "refused"]
+    notes = result.notes | ({"last refused at": f"{max(refused):.1f} s"} if refused else {})
     return [
         fault.name,
         str(len(streams)),
-        str(outcomes["failed"]),
-        str(outcomes["altered"]),
-        str(outcomes["refused"]),
-        str(round(counted["herd_stream_continuations_total"])),
-        f"{worst - calm:.2f}",
-        f"{late:.2f}",
-        f"{tries:.3f}",
+        *(str(outcomes[outcome]) for outcome in (*BAD, "refused", "lost")),
+        str(round(counted["herd_stream_continuations_total"])) if counted else "-",
+        f"{gap:.2f}",
+        f"{max(s.ttft for s in behind):.2f}",
+        f"{1 + counted['herd_retries_total'] / len(streams):.3f}" if counted else "-",
         "; ".join(f"{name}: {value}" for name, value in notes.items()),
     ]
 
 
-async def bench(faults: Sequence[Fault], oracle: Oracle, cores: Cores) -> list[list[str]]:
-    return [await row(fault, oracle, cores) for fault in faults]
+async def bench(faults: Sequence[Fault], oracle: Oracle, cores: Cores) -> list[Result]:
+    return [await run(fault, oracle, cores) for fault in faults]
 
 
 HEAD = [
-    "fault at 5 s", "streams", "failed", "altered", "refused", "broke and went on", "worst added gap s",
-    "worst TTFT s", "tries/request", "",
+    "fault at 5 s", "streams", "failed", "altered", "refused", "lost with their router", "broke and went on",
+    "worst added gap s", "worst TTFT s", "tries/request", "",
 ]  # fmt: skip
 
 
 @click.command()
 @click.option("--only", default=None, help="Rows whose name contains this.")
-def main(only: str | None) -> None:
+@click.option("--churn", "seconds", type=float, help="In place of the rows: one fault after the other.")
+def main(only: str | None, seconds: float | None) -> None:
     """What clients notice of faults: 40 streams a second of 60 tokens on four replicas, a fault on one."""
     faults = [fault for fault in FAULTS if only is None or only in fault.name]
+    if seconds is not None:
+        faults = [replace(CHURN, seconds=seconds)]
     if not faults:
         raise click.BadParameter(f"no row contains {only!r}: {', '.join(fault.name for fault in FAULTS)}")
     cores = Cores.of_machine()
     oracle = Oracle(demo_model.tokenizer_dir())
     found = run_bench(bench(faults, oracle, cores), cores)
-    click.echo(where(machine(cores)) + "\n\n" + table(HEAD, found))
-    if any(int(cell) for cells in found for cell in cells[2:4]):
+    click.echo(where(machine(cores)) + "\n\n" + table(HEAD, map(row, found)))
+    if any(result.outcomes[outcome] for result in found for outcome in BAD):
         raise click.ClickException("streams failed or were altered")
 
 

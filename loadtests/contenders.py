@@ -75,9 +75,9 @@ class Running:
         return self.log.read_text(errors="replace")[-2000:]
 
 
-def herd(policy: str | None = None) -> Start:
-    """`herd route` from the environment that runs this."""
-    flags = ("--policy", policy) if policy else ()
+def herd(policy: str | None = None, *more: str) -> Start:
+    """`herd route` from the environment that runs this, with these flags."""
+    flags = (*(("--policy", policy) if policy else ()), *more)
 
     def start(urls: list[str], ports: Ports, scratch: Path) -> list[str]:
         command = [str(Path(sys.executable).with_name("herd")), "route", *flags]

@@ -55,7 +55,8 @@ class Factor:
 
     Its `own` value follows the median of their ratio: each pair moves it a step up or down, and no further.
     `common`: what that is among those like it. Where the two are nearly the same, or little was observed, the
-    difference is chance, which must not decide where requests go. `value`: what predictions are multiplied by.
+    difference is chance, which must not decide where requests go. `value`: what predictions are multiplied
+    by.
     """
 
     own: float = 1.0
