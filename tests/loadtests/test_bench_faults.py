@@ -26,7 +26,7 @@ def test_nothing_is_lost_in_the_churn(oracle: Oracle) -> None:
     assert result.outcomes["failed"] == result.outcomes["altered"] == result.outcomes["refused"] == 0
     assert result.outcomes["whole"] > 0.9 * len(result.streams)
     half, whole = map(float, result.notes["router RSS MB"].split(" to "))
-    assert whole < half + 50  # two processes, of which the last one started has to warm up
+    assert whole < half + 150  # as much as a process has that may just have been started at half time
 
 
 def test_every_row_has_its_cells(oracle: Oracle) -> None:
