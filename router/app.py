@@ -56,7 +56,7 @@ def _pool(model: ModelConfig) -> Application:
 def _router(fleet: FleetConfig) -> Application:
     pools = [_pool(model) for model in fleet.models]
     models = [model.name for model in fleet.models]
-    config = fleet.router.model_copy(update={"tokenizers": fleet.tokenizers})
+    config = fleet.router.model_copy(update={"tokenizers": fleet.tokenizers, "slos": fleet.slos})
     return serve.deployment(
         deployment.Router,
         name="Router",

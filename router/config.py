@@ -18,6 +18,8 @@ from router.decisions import DecisionsConfig
 from router.errors import ConfigError
 from router.http.cors import Cors
 from router.http.requests import Limits
+from router.line import AdmissionConfig
+from router.slo import Slo
 from router.tokenizer_config import TokenizerConfig
 from workers.engine import EngineSpec
 
@@ -35,7 +37,8 @@ class RouterConfig(BaseModel):
     (router/tokenizer_config.py). `allow_kv_transfer_params`: clients may send their own. `aliases`: other
     names of models, each with the name that engines know. `limits`: of what clients send
     (router/http/requests.py). `cors`: which web pages may call (router/http/cors.py). `decisions`: what is
-    told of placements (router/decisions.py).
+    told of placements (router/decisions.py). `admission`: when requests wait in line (router/line.py).
+    `slos`: what is promised of models, by their names (router/slo.py).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -53,6 +56,8 @@ class RouterConfig(BaseModel):
     limits: Limits = Limits()
     cors: Cors = Cors()
     decisions: DecisionsConfig = DecisionsConfig()
+    admission: AdmissionConfig = AdmissionConfig()
+    slos: dict[Name, Slo] = {}
 
     @field_validator("policy")
     @classmethod
@@ -85,17 +90,6 @@ class RouterConfig(BaseModel):
         return self
 
 
-class Slo(BaseModel):
-    """What users of a model expect: the first token within `ttft_s`, or of a long prompt within `ttft_times`
-    what its prefill takes on an idle engine without cache; then a token every `tpot_s` on average."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    ttft_s: Annotated[float, Field(gt=0)] = 2.0
-    ttft_times: Annotated[float, Field(ge=1)] = 5.0
-    tpot_s: Annotated[float, Field(gt=0)] = 0.05
-
-
 class ModelConfig(EngineSpec):
     """One model and how many replicas of it run."""
 
@@ -118,6 +112,12 @@ class FleetConfig(BaseModel):
         of_engines = {model.name: TokenizerConfig.of_engine(model) for model in self.models}
         known = {name: config for name, config in of_engines.items() if config is not None}
         return known | self.router.tokenizers
+
+    @property
+    def slos(self) -> dict[str, Slo]:
+        """By model: as its entry says, else as the router is told; nothing of those of which nobody says."""
+        said = {model.name: model.slo for model in self.models if "slo" in model.model_fields_set}
+        return self.router.slos | said
 
     @model_validator(mode="after")
     def _unique_names(self) -> FleetConfig:

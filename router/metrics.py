@@ -6,7 +6,7 @@ Prometheus names with the prefix `herd_` and base units. The series of a model a
 from __future__ import annotations
 
 from collections import Counter as Tally
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 
@@ -19,6 +19,8 @@ from router.series import Counter, Counters, Histogram, Histograms
 # From a cached one-block prompt on a small model to a 100k-token prefill behind a queue.
 TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60)
 DURATION_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300, 600)
+# From what one prefill makes others wait to what nobody waits for.
+WAIT_BUCKETS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 # Around 1, where predictions come true: within a tenth, a fifth, half; then how far they are off.
 RATIO_BUCKETS = (0.1, 0.25, 0.5, 0.67, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2, 4, 10)
 # The router's own share: microseconds when idle, milliseconds when its loop is behind.
@@ -28,6 +30,8 @@ LAG_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 
 
 # Why a request was placed again: no connection to the replica, or its reply was cut.
 RETRY_REASONS = ("connect", "cut")
+# Why a request was not let in: the line was full, it waited too long, or was too late for its SLO.
+REFUSALS = ("full", "waited", "late")
 # What became of datagrams between router processes: those of a process that is not known, whose signature is
 # another's, or that are no newer than what is known, are dropped.
 DATAGRAM_FATES = ("sent", "unsent", "taken", "stale", "unknown", "forged", "malformed")
@@ -62,6 +66,12 @@ HISTOGRAMS = (
         TTFT_BUCKETS,
     ),
     (
+        "waited",
+        "line_wait_seconds",
+        "From the request's last byte until it left the waiting line for a replica, of those that waited.",
+        WAIT_BUCKETS,
+    ),
+    (
         "duration",
         "request_duration_seconds",
         "From the request's last byte to the reply's last.",
@@ -81,6 +91,7 @@ class ModelMetrics:
     """What is counted and timed of one model's requests."""
 
     ttft: Histogram
+    waited: Histogram
     duration: Histogram
     ttft_ratio: Histogram
     prompt_tokens: Counter
@@ -97,6 +108,7 @@ class ModelMetrics:
     predicted_cached: Counter
     reported_cached: Counter
     retries: dict[str, Counter]
+    refused: dict[str, Counter]
     misses: dict[Cause, Counter]
     trust_changes: dict[Doubt | None, Counter]
 
@@ -110,6 +122,9 @@ class Metrics:
         requests = self._counter("requests", "Requests answered, by HTTP status.", "model", "path", "code")
         self._retries = self._counter(
             "retries", "Requests placed again after a replica failed them.", "model", "reason"
+        )
+        self._refused = self._counter(
+            "requests_refused", "Requests that the waiting line refused.", "model", "reason"
         )
         self._misses = self._counter(
             "prediction_misses", "Predictions that were off by more than a block.", "model", "cause"
@@ -141,6 +156,10 @@ class Metrics:
         self.relayed_to_owner = {outcome: relayed.labels(outcome) for outcome in OWNER_OUTCOMES}
         self.peers = self._gauge("gossip_peers", "Other router processes that speak.")
         self.connections = self._gauge("client_connections", "Open client connections.")
+        self._waiting = self._gauge("requests_waiting", "Requests in the waiting line.", "model")
+        self._waiting_tokens = self._gauge(
+            "waiting_tokens", "Prompt tokens to be computed of the requests in the waiting line.", "model"
+        )
         self._replicas = self._gauge("replicas", "Replicas by state.", "model", "state")
         self._in_flight = self._gauge("requests_in_flight", "Requests at a replica now.", "model", "replica")
         self._trust = self._gauge(
@@ -189,12 +208,18 @@ class Metrics:
             self._factors.labels(*labels, "prefill").set(standing.steps.prefill.value)
             self._factors.labels(*labels, "decode").set(standing.steps.decode.value)
 
+    def show_line(self, model: str, requests: Callable[[], float], tokens: Callable[[], float]) -> None:
+        """From now on the length of a model's waiting line is asked for when metrics are read."""
+        self._waiting.labels(model).set_function(requests)
+        self._waiting_tokens.labels(model).set_function(tokens)
+
     def _born(self, model: str) -> ModelMetrics:
         retries = {reason: self._retries.labels(model, reason) for reason in RETRY_REASONS}
         children = {name: family.labels(model) for name, family in self._of_model.items()}
         return ModelMetrics(
             **children,
             retries=retries,
+            refused={reason: self._refused.labels(model, reason) for reason in REFUSALS},
             misses={cause: self._misses.labels(model, cause) for cause in Cause},
             trust_changes={
                 kind: self._trust_changes.labels(model, trust_with(kind), kind or "proven")

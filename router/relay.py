@@ -42,6 +42,7 @@ from router.http import headers
 from router.http.server import Reply, Request
 from router.http.upstream import Exchange, Upstreams
 from router.keepers import Keepers
+from router.line import Lines, Seen
 from router.metrics import Metrics, ModelMetrics
 from router.passage import Passage
 from router.prompts import UNREAD, Reading
@@ -71,7 +72,8 @@ class Journey:
 class Relay:
     """Answers client requests from a fleet.
 
-    What goes wrong at a replica is told to `watch`. `placed` hears at which replica each request is.
+    What goes wrong at a replica is told to `watch`. `placed` hears at which replica each request is. `peers`:
+    how many other routers fill the same replicas.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class Relay:
         upstreams: Upstreams,
         placed: Callable[[str], None],
         promised: tuple[str, ...] = (),
+        peers: Callable[[], int] = int,
     ) -> None:
         self._policy = POLICIES[config.policy]
         self._keyed = self._policy in KEYED
@@ -99,6 +102,7 @@ class Relay:
         self._placed = placed
         self._promised = promised
         self._keepers = Keepers(fleet, watch)
+        self._lines = Lines(config.admission, config.slos, fleet, metrics, peers)
         self.decisions = Decisions(config.policy, config.decisions, metrics.decisions)
         self.arrivals = Arrivals()
         self._started = int(time.time())
@@ -200,8 +204,10 @@ class Relay:
         if self._prompted or self.arrivals.wanted(journey.request.received_at):
             journey.reading = await self._tokenizers.read(journey.call)
         tried: frozenset[str] = frozenset()
+        seen = await self._turn(journey, key) if keeper is None else None
         while True:
-            decision = journey.decision = self._place(journey, key, keeper, tried)
+            decision = journey.decision = self._place(journey, key, keeper, tried, seen)
+            seen = None
             replica_id = decision.standing.id
             try:
                 await self._try(journey, decision)
@@ -215,17 +221,34 @@ class Relay:
                     return
                 tried |= {replica_id}
 
+    async def _turn(self, journey: Journey, key: int | None) -> Seen:
+        """Waits until there is room for the request."""
+        return await self._lines.turn(journey.call, journey.request, partial(self._look, journey, key))
+
+    def _look(
+        self, journey: Journey, key: int | None, now: float, tried: frozenset[str] = frozenset()
+    ) -> tuple[View, Placement | None]:
+        """The fleet as it is, and the policy's choice."""
+        model, prompt = journey.call.model, journey.reading.prompt
+        view = self._fleet.view(model, getrandbits(64), key, now, prompt).without(tried)
+        return view, self._policy(view)
+
     def _place(
-        self, journey: Journey, key: int | None, keeper: str | None, tried: frozenset[str]
+        self,
+        journey: Journey,
+        key: int | None,
+        keeper: str | None,
+        tried: frozenset[str],
+        seen: Seen | None,
     ) -> Decision:
+        """Chooses a replica, unless that is done. `seen`: what its turn was decided on."""
         model, now = journey.call.model, asyncio.get_running_loop().time()
         placement: Placement | None
-        if keeper is None:
-            view = self._fleet.view(model, getrandbits(64), key, now, journey.reading.prompt).without(tried)
-            placement = self._policy(view)
-        else:
+        if keeper is not None:
             placement = self._keepers.place(keeper, model, tried)
             view = View((placement.standing,), now=now)
+        else:
+            view, placement = seen or self._look(journey, key, now, tried)
         if placement is not None:
             return self.decisions.placed(journey.request_id, model, view, placement, journey.decision)
         if tried:
@@ -257,6 +280,7 @@ class Relay:
         finally:
             decision.ended(loop.time(), journey.reply.status)
             self._fleet.finished(journey.flight, loop.time(), _stream_tokens(journey))
+            self._lines.freed(journey.call.model)
 
     def _prompt_ids(self, journey: Journey, decision: Decision) -> bytes | None:
         """The prompt's token ids if the replica is to get them in place of the text; some are checked."""
@@ -304,6 +328,7 @@ class Relay:
         if (ratio := journey.decision.first_output(now)) is not None:
             journey.metrics.ttft_ratio.observe(ratio)
         self._fleet.first_token(journey.flight, now)
+        self._lines.freed(journey.call.model)
         journey.metrics.ttft.observe(now - journey.request.received_at)
 
     # -- what goes wrong

@@ -157,14 +157,15 @@ class Standing:
 
     def own_load(self, now: float) -> Load:
         """What this router has here."""
-        backlog, recent = self._own_backlog_s(now), self._own_recent_s(now)
+        backlog, recent = self.own_backlog_s(now), self._own_recent_s(now)
         return Load(self.in_flight, backlog, self.decoding, self.context, recent)
 
     def backlog_s(self, now: float) -> float:
         """Seconds of prefill that were promised here, by all routers, and are not done yet."""
-        return self._own_backlog_s(now) + self.elsewhere.prefill_s
+        return self.own_backlog_s(now) + self.elsewhere.prefill_s
 
-    def _own_backlog_s(self, now: float) -> float:
+    def own_backlog_s(self, now: float) -> float:
+        """Of these, what this router promised."""
         if not self.prefills:
             return 0.0
         head = next(iter(self.prefills.values()))

@@ -12,10 +12,10 @@ from loadtests.outcomes import Outcome, summarize
 from loadtests.trace import BLOCK_TOKENS, Arrival
 from loadtests.twin import Run, Setting, core_policy, simulate
 from loadtests.virtual_engine import Report
-from router.config import Slo
 from router.core.blocks import Prompt
 from router.core.fleet import Load, View
 from router.core.placement import POLICIES, Placement, kv_aware, least_requests, random, round_robin
+from router.slo import Slo
 from workers.simulated.core import EngineConfig
 from workers.simulated.step_time import PRESETS, StepWork
 
