@@ -29,7 +29,7 @@ LOOK_AHEAD = 8
 # How slow streams at a replica may be (by what their SLO allows) for it to be given more: the less a request
 # can still wait, the slower. A replica that prefills for less than BUSY of its time is never too busy. In the
 # twin the fleet sustains 5 % more so, since time to first token is to spare when time per token is not.
-CALM, PRESSED = 0.6, 0.8
+CALM, PRESSED = 0.55, 0.8
 BUSY = 0.4
 # Who wanted none of the replicas that had room is asked again after so long (seconds).
 AGAIN_S = 0.1
@@ -202,7 +202,7 @@ class Line(Generic[T]):
         self._keys: list[tuple[int, bool]] = []  # of the lanes, in the order in which they go
         self._turns: list[tuple[float, int, T]] = []  # by when something becomes of each
         self._numbers = count()
-        self._vain: tuple[float, AbstractSet[str], list[T]] = (-inf, frozenset(), [])
+        self._vain: tuple[float, AbstractSet[str], list[int]] = (-inf, frozenset(), [])
         self._served = 0.0  # tokens lately, the older the less, as of `_served_at`
         self._served_at = 0.0
         self._began = now
@@ -255,7 +255,7 @@ class Line(Generic[T]):
     def passes(self, ticket: T, placement: Placement, now: float) -> bool:
         """Whether a request that comes goes at once: nobody waits, and there is room for it."""
         room = None if self._turns else self._room(placement.standing, now)
-        if room is None or room > self._limit(ticket, now):
+        if room is None or room >= self._limit(ticket, now):
             return False
         self._note(ticket, now)
         return True
@@ -275,23 +275,26 @@ class Line(Generic[T]):
         least = min(rooms.values())
         for ticket in first:
             limit = self._limit(ticket, now)
-            if least > limit:
+            if least >= limit:
                 continue
             view, placement = ticket.look(now)
-            if placement is not None and rooms.get(placement.standing.id, inf) <= limit:
+            if placement is not None and rooms.get(placement.standing.id, inf) < limit:
                 self._remove(ticket, served=True)
                 self._note(ticket, now)
                 return Release(ticket, view, placement)
-        self._vain = (now, rooms.keys(), first)
+        self._vain = (now, rooms.keys(), [ticket.number for ticket in first])
         return None
 
     def _in_vain(self, rooms: Mapping[str, float], first: Sequence[T], now: float) -> bool:
-        """Whether nobody of the first wanted any of these replicas a moment ago."""
+        """Whether these were asked a moment ago, and wanted none of these replicas."""
         since, seen, asked = self._vain
-        return now < since + AGAIN_S and rooms.keys() <= seen and first == asked
+        recent = now < since + AGAIN_S and rooms.keys() <= seen
+        return recent and [ticket.number for ticket in first] == asked
 
     def retry_after_s(self, now: float) -> float:
         """In how many seconds those who wait now will have gone, if it goes on as it did lately."""
+        if not self._turns:
+            return LEAST_RETRY_S
         rate = self._rate(now)
         return max(LEAST_RETRY_S, min(MOST_RETRY_S, self.tokens / rate if rate else inf))
 
@@ -302,7 +305,7 @@ class Line(Generic[T]):
         share, since the others see the same room.
         """
         bounds, others = self._bounds, standing.elsewhere
-        own_s, own = standing.own_backlog_s(now), standing.in_flight - standing.decoding
+        own_s, own = standing.own_backlog_s(now), standing.awaiting_first_token
         if own_s > bounds.backlog_s / self.routers or own_s + others.prefill_s > bounds.backlog_s:
             return None
         awaiting = own + others.in_flight - others.decoding
@@ -314,7 +317,7 @@ class Line(Generic[T]):
         return step / (1 - busy)
 
     def _limit(self, ticket: T, now: float) -> float:
-        """How long streams may wait for a token where this one goes."""
+        """How long streams may wait for a token where this one goes: less than this."""
         slack = ticket.due - ticket.arrived_at
         used = 0.0 if ticket.late or slack <= 0 else (now - ticket.arrived_at) / slack
         return self._tpot_s * (CALM + (PRESSED - CALM) * used)

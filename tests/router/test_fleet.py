@@ -1,11 +1,12 @@
 """What the fleet remembers of requests under way, and what it forecasts from that."""
 
 from array import array
+from math import exp
 
 import pytest
 
 from router.core.blocks import TEXT_BLOCK_BYTES, TEXT_BLOCK_TOKENS, Prompt
-from router.core.fleet import Cached, Fleet, Load, Replica, Trust
+from router.core.fleet import RECENT_S, Cached, Fleet, Load, Replica, Trust
 from router.core.kv_events import BlockStored
 
 BLOCK = 16
@@ -115,7 +116,8 @@ def test_what_other_routers_are_told_is_what_this_one_has_there_now(fleet):
     assert fleet.loads(0.3) == {"r0": Load(2, pytest.approx(own[1]), 1, 8000, recent)}
     fleet.finished(first, now=9.0)
     fleet.finished(second, now=9.0)
-    assert fleet.loads(9.0) == {}
+    assert fleet.loads(9.0) == {"r0": Load(recent_s=pytest.approx(sum(own) * exp(-9 / RECENT_S)))}
+    assert fleet.loads(90.0) == {}
 
 
 def test_a_slower_tier_costs_loading_not_computing(fleet):
