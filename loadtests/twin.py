@@ -271,7 +271,9 @@ class Twin:
         now, unloaded = self.timeline.now, request.outcome.unloaded
         due = now + self._slo.first_token_s(unloaded) - unloaded
         tokens = view.num_tokens - max((had.tokens for had in view.cached.values()), default=0)
-        waiter = Waiter(now, due, partial(self._look, request), tokens, request=request)
+        priority = request.outcome.arrival.priority
+        look = partial(self._look, request)
+        waiter = Waiter(now, due, look, tokens, priority=priority, request=request)
         if line.passes(waiter, placed, now):
             self._start(request, view, placed)
         else:

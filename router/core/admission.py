@@ -26,15 +26,16 @@ from router.core.placement import Placement
 
 # So many of those who wait are looked at: the first may want a replica that is full while the next do not.
 LOOK_AHEAD = 8
-# How slow streams at a replica may be (by what their SLO allows) for it to be given more: the less a request
-# can still wait, the slower. A replica that prefills for less than BUSY of its time is never too busy. In the
-# twin the fleet sustains 5 % more so, since time to first token is to spare when time per token is not.
+# How slow streams at a replica may be, by what their SLO allows, for it to be given more: the less time a
+# request has left, the slower. In the twin, where time to first token is to spare and time per token is not,
+# a fleet sustains 5 % more so than with a bound on the backlog alone, and bears twice as much as it sustains.
 CALM, PRESSED = 0.55, 0.8
-BUSY = 0.4
+# When so much became late lately, by what went, there is more to do than can be done.
+OVERLOADED = 0.2
 # Who wanted none of the replicas that had room is asked again after so long (seconds).
 AGAIN_S = 0.1
-# Over how long (seconds) it is seen how fast a line drains.
-DRAIN_S = 5.0
+# What counts as lately (seconds).
+LATELY_S = 5.0
 # What a client that is refused is asked to wait (seconds): no less, and nobody foresees more.
 LEAST_RETRY_S, MOST_RETRY_S = 1.0, 60.0
 
@@ -105,6 +106,22 @@ class Bounds(Protocol):
     @property
     def max_late_s(self) -> float:
         """How long each waits once it cannot meet its SLO any more."""
+
+
+class Lately:
+    """A sum of what was lately, the older the less."""
+
+    def __init__(self, now: float) -> None:
+        self._sum = 0.0
+        self._as_of = now
+
+    def add(self, amount: float, now: float) -> None:
+        """More of it."""
+        self._sum, self._as_of = self.at(now) + amount, now
+
+    def at(self, now: float) -> float:
+        """What is left of it."""
+        return self._sum * exp((self._as_of - now) / LATELY_S)
 
 
 class Lane(Generic[T]):
@@ -203,9 +220,8 @@ class Line(Generic[T]):
         self._turns: list[tuple[float, int, T]] = []  # by when something becomes of each
         self._numbers = count()
         self._vain: tuple[float, AbstractSet[str], list[int]] = (-inf, frozenset(), [])
-        self._served = 0.0  # tokens lately, the older the less, as of `_served_at`
-        self._served_at = 0.0
         self._began = now
+        self._served, self._missed = Lately(now), Lately(now)  # tokens of those that went, that became late
 
     def __len__(self) -> int:
         return len(self._turns)
@@ -247,6 +263,7 @@ class Line(Generic[T]):
             if ticket.late:
                 found.append(ticket)
             else:
+                self._missed.add(ticket.cost, now)
                 self._add(ticket, late=True)
         return found
 
@@ -257,7 +274,7 @@ class Line(Generic[T]):
         room = None if self._turns else self._room(placement.standing, now)
         if room is None or room >= self._limit(ticket, now):
             return False
-        self._note(ticket, now)
+        self._served.add(ticket.cost, now)
         return True
 
     def next(self, standings: Sequence[Standing], now: float) -> Release[T] | None:
@@ -280,7 +297,7 @@ class Line(Generic[T]):
             view, placement = ticket.look(now)
             if placement is not None and rooms.get(placement.standing.id, inf) < limit:
                 self._remove(ticket, served=True)
-                self._note(ticket, now)
+                self._served.add(ticket.cost, now)
                 return Release(ticket, view, placement)
         self._vain = (now, rooms.keys(), [ticket.number for ticket in first])
         return None
@@ -301,8 +318,8 @@ class Line(Generic[T]):
     def _room(self, standing: Standing, now: float) -> float | None:
         """None for a replica that has enough to do, else the seconds that its streams wait for a token.
 
-        0 where another prefill harms nobody. Of what replicas may have, each router has no more than its
-        share, since the others see the same room.
+        0 where nobody does, or where a stream would be too slow alone. Of what replicas may have to do each
+        router gives its share, since the others see the same room.
         """
         bounds, others = self._bounds, standing.elsewhere
         own_s, own = standing.own_backlog_s(now), standing.awaiting_first_token
@@ -311,16 +328,21 @@ class Line(Generic[T]):
         awaiting = own + others.in_flight - others.decoding
         if own >= max(1, bounds.awaiting / self.routers) or awaiting >= bounds.awaiting:
             return None
-        busy, step = standing.busy(now), standing.step_s()
-        if busy <= BUSY or step > self._tpot_s:
+        alone = standing.steps.step_s(1, 0)
+        if not standing.decoding + others.decoding or alone >= self._tpot_s * CALM:
             return 0.0
-        return step / (1 - busy)
+        return standing.step_s() / (1 - standing.busy(now))
 
     def _limit(self, ticket: T, now: float) -> float:
-        """How long streams may wait for a token where this one goes: less than this."""
+        """Streams that wait so long for a token are too slow for this one to go there.
+
+        Where some are late in any case, one that is let in at the cost of others gains nothing.
+        """
         slack = ticket.due - ticket.arrived_at
-        used = 0.0 if ticket.late or slack <= 0 else (now - ticket.arrived_at) / slack
-        return self._tpot_s * (CALM + (PRESSED - CALM) * used)
+        overloaded = self._missed.at(now) > OVERLOADED * self._served.at(now)
+        if ticket.late or slack <= 0 or overloaded:
+            return self._tpot_s * CALM
+        return self._tpot_s * (CALM + (PRESSED - CALM) * (now - ticket.arrived_at) / slack)
 
     # -- keeping the books
 
@@ -355,11 +377,7 @@ class Line(Generic[T]):
         del self._turns[bisect_left(self._turns, (ticket.turns_at, ticket.number))]
         self.tokens -= ticket.cost
 
-    def _note(self, ticket: T, now: float) -> None:
-        self._served = self._served * exp((self._served_at - now) / DRAIN_S) + ticket.cost
-        self._served_at = now
-
     def _rate(self, now: float) -> float:
-        """Tokens a second that went lately, of which there are not many seconds at first."""
-        seen = DRAIN_S * (1 - exp((self._began - now) / DRAIN_S))
-        return self._served * exp((self._served_at - now) / DRAIN_S) / max(1.0, seen)
+        """Tokens a second that went lately; at first there are not many seconds to tell by."""
+        seen = LATELY_S * (1 - exp((self._began - now) / LATELY_S))
+        return self._served.at(now) / max(1.0, seen)

@@ -10,11 +10,12 @@ import pytest
 
 from loadtests.outcomes import Outcome, summarize
 from loadtests.trace import BLOCK_TOKENS, Arrival
-from loadtests.twin import Run, Setting, core_policy, simulate
+from loadtests.twin import Lined, PolicyFactory, Run, Setting, core_policy, simulate
 from loadtests.virtual_engine import Report
 from router.core.blocks import Prompt
 from router.core.fleet import Load, View
 from router.core.placement import POLICIES, Placement, kv_aware, least_requests, random, round_robin
+from router.line import AdmissionConfig
 from router.slo import Slo
 from workers.simulated.core import EngineConfig
 from workers.simulated.step_time import PRESETS, StepWork
@@ -22,6 +23,7 @@ from workers.simulated.step_time import PRESETS, StepWork
 TIME = PRESETS["8b-h100"].step_time
 ENGINE = EngineConfig(TIME, num_gpu_blocks=101, block_size=BLOCK_TOKENS)
 SETTING = Setting(ENGINE, replicas=3)
+PATIENT = AdmissionConfig(max_wait_s=1e6)
 
 
 def conversations(count: int, gap: float, seed: int = 1) -> list[Arrival]:
@@ -182,6 +184,42 @@ def test_long_prompts_are_given_more_time() -> None:
 def test_other_block_sizes_than_the_traces_are_refused() -> None:
     with pytest.raises(ValueError, match="512 tokens, not 16"):
         Setting(EngineConfig(TIME, 101, 16))
+
+
+@pytest.mark.parametrize("routers", [1, 3])
+def test_who_waits_in_line_is_served_all_the_same(routers: int) -> None:
+    trace = conversations(80, 0.01)
+    setting = replace(SETTING, routers=routers, slo=Slo())
+    outcomes = simulate(trace, setting, Lined(core_policy(kv_aware), PATIENT)).outcomes
+    assert [outcome.arrival for outcome in outcomes] == trace
+    assert all(outcome.ttft > 0 and outcome.replica for outcome in outcomes)
+
+
+def test_a_line_is_as_determined_as_all_else() -> None:
+    trace, policy = conversations(80, 0.05), Lined(core_policy(kv_aware))
+    setting = replace(SETTING, routers=2, slo=Slo())
+    assert simulate(trace, setting, policy, 7) == simulate(trace, setting, policy, 7)
+
+
+def test_overload_is_borne() -> None:
+    """Twice what the fleet can do: with the line most of that is done, without it nobody gets it in time."""
+    chance, slo = Random(1), Slo()
+    setting = Setting(EngineConfig(TIME, num_gpu_blocks=782, block_size=BLOCK_TOKENS), replicas=3, slo=slo)
+    plenty = conversations(600, 0.1)
+    twice = [replace(a, at=a.at / 2, priority=-1 if chance.random() < 0.1 else 0) for a in plenty]
+
+    def goodput(trace: list[Arrival], policy: PolicyFactory) -> float:
+        outcomes = simulate(trace, setting, policy).outcomes
+        premium = [outcome.attained(slo) for outcome in outcomes if outcome.arrival.priority]
+        shares.append(sum(premium) / max(1, len(premium)))
+        return sum(outcome.attained(slo) for outcome in outcomes) / trace[-1].at
+
+    shares: list[float] = []
+    lined = Lined(core_policy(kv_aware))
+    most, held, lost = goodput(plenty, lined), goodput(twice, lined), goodput(twice, lined.make)
+    print(most, held, lost, shares)
+    assert held > 0.7 * most
+    assert lost < 0.5 * held
 
 
 def test_kv_awareness_pays_on_conversations() -> None:

@@ -152,6 +152,16 @@ def test_what_was_prefilled_for_others_is_no_fault_of_decoding(fleet):
     assert fleet.get("r0").steps.decode.value == pytest.approx(1.0)
 
 
+def test_nor_what_other_routers_had_prefilled_there(fleet):
+    """Else each router would think replicas slow that the others use, and keep away from their caches."""
+    flight = fleet.started("r0", 0.0, prompt_of(16))
+    fleet.first_token(flight, now=0.01)
+    step = fleet.get("r0").step_s()
+    fleet.elsewhere("r0", Load(recent_s=RECENT_S / 2))  # half of its time
+    fleet.finished(flight, now=0.01 + 2 * 100 * step, output_tokens=101)
+    assert fleet.get("r0").steps.decode.value == pytest.approx(1.0)
+
+
 def test_a_router_with_a_share_knows_and_offers_only_that(fleet):
     for replica in ("r0", "r1"):
         fleet.apply(replica, stored(blocks=3))
