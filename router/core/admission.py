@@ -26,11 +26,12 @@ from router.core.placement import Placement
 
 # So many of those who wait are looked at: the first may want a replica that is full while the next do not.
 LOOK_AHEAD = 8
-# How slow streams at a replica may be, by what their SLO allows, for it to be given more: the less time a
-# request has left, the slower. In the twin, where time to first token is to spare and time per token is not,
-# a fleet sustains 5 % more so than with a bound on the backlog alone, and bears twice as much as it sustains.
-CALM, PRESSED = 0.55, 0.8
-# When so much became late lately, by what went, there is more to do than can be done.
+# Where a request may go, streams get their tokens within their SLO even if what prefills make them wait is
+# counted so many times, since that varies. PRESSED is for one that has no time left. In the twin, where time
+# to first token is to spare and time per token is not, a fleet sustains 5 % more so.
+CALM, PRESSED = 2.6, 1.4
+# When so much became late lately, by what went, there is more to do than can be done: then one that is let in
+# at the cost of others gains nothing.
 OVERLOADED = 0.2
 # Who wanted none of the replicas that had room is asked again after so long (seconds).
 AGAIN_S = 0.1
@@ -106,6 +107,13 @@ class Bounds(Protocol):
     @property
     def max_late_s(self) -> float:
         """How long each waits once it cannot meet its SLO any more."""
+
+
+class Room(NamedTuple):
+    """What streams wait for each token at a replica that may be given more: a step, and others' prefill."""
+
+    step_s: float
+    prefill_s: float
 
 
 class Lately:
@@ -272,7 +280,7 @@ class Line(Generic[T]):
     def passes(self, ticket: T, placement: Placement, now: float) -> bool:
         """Whether a request that comes goes at once: nobody waits, and there is room for it."""
         room = None if self._turns else self._room(placement.standing, now)
-        if room is None or room >= self._limit(ticket, now):
+        if room is None or not self._fits(room, self._weight(ticket, now)):
             return False
         self._served.add(ticket.cost, now)
         return True
@@ -283,26 +291,26 @@ class Line(Generic[T]):
         `standings`: those of the model that are ready. To be asked again at once, when the fleet has counted
         this one, until nobody goes.
         """
-        rooms = {s.id: pace for s in standings if (pace := self._room(s, now)) is not None}
+        rooms = {s.id: room for s in standings if (room := self._room(s, now)) is not None}
         if not rooms:
             return None
         first = self._first()
         if self._in_vain(rooms, first, now):
             return None
-        least = min(rooms.values())
         for ticket in first:
-            limit = self._limit(ticket, now)
-            if least >= limit:
+            weight = self._weight(ticket, now)
+            fit = [id for id, room in rooms.items() if self._fits(room, weight)]
+            if not fit:
                 continue
             view, placement = ticket.look(now)
-            if placement is not None and rooms.get(placement.standing.id, inf) < limit:
+            if placement is not None and placement.standing.id in fit:
                 self._remove(ticket, served=True)
                 self._served.add(ticket.cost, now)
                 return Release(ticket, view, placement)
         self._vain = (now, rooms.keys(), [ticket.number for ticket in first])
         return None
 
-    def _in_vain(self, rooms: Mapping[str, float], first: Sequence[T], now: float) -> bool:
+    def _in_vain(self, rooms: Mapping[str, Room], first: Sequence[T], now: float) -> bool:
         """Whether these were asked a moment ago, and wanted none of these replicas."""
         since, seen, asked = self._vain
         recent = now < since + AGAIN_S and rooms.keys() <= seen
@@ -315,11 +323,11 @@ class Line(Generic[T]):
         rate = self._rate(now)
         return max(LEAST_RETRY_S, min(MOST_RETRY_S, self.tokens / rate if rate else inf))
 
-    def _room(self, standing: Standing, now: float) -> float | None:
-        """None for a replica that has enough to do, else the seconds that its streams wait for a token.
+    def _room(self, standing: Standing, now: float) -> Room | None:
+        """What streams wait at a replica; None if that has enough to do.
 
-        0 where nobody does, or where a stream would be too slow alone. Of what replicas may have to do each
-        router gives its share, since the others see the same room.
+        Nothing where there are none, or where one would be too slow alone. Of what a replica may have to do
+        each router gives its share, since the others see the same room.
         """
         bounds, others = self._bounds, standing.elsewhere
         own_s, own = standing.own_backlog_s(now), standing.awaiting_first_token
@@ -328,21 +336,21 @@ class Line(Generic[T]):
         awaiting = own + others.in_flight - others.decoding
         if own >= max(1, bounds.awaiting / self.routers) or awaiting >= bounds.awaiting:
             return None
-        alone = standing.steps.step_s(1, 0)
-        if not standing.decoding + others.decoding or alone >= self._tpot_s * CALM:
-            return 0.0
-        return standing.step_s() / (1 - standing.busy(now))
+        alone, step, busy = standing.steps.step_s(1, 0), standing.step_s(), standing.busy(now)
+        if not standing.decoding + others.decoding or alone >= self._tpot_s:
+            return Room(0.0, 0.0)
+        return Room(step, step * busy / (1 - busy))
 
-    def _limit(self, ticket: T, now: float) -> float:
-        """Streams that wait so long for a token are too slow for this one to go there.
-
-        Where some are late in any case, one that is let in at the cost of others gains nothing.
-        """
+    def _weight(self, ticket: T, now: float) -> float:
+        """How many times that counts which streams wait for prefills where this one goes."""
         slack = ticket.due - ticket.arrived_at
         overloaded = self._missed.at(now) > OVERLOADED * self._served.at(now)
         if ticket.late or slack <= 0 or overloaded:
-            return self._tpot_s * CALM
-        return self._tpot_s * (CALM + (PRESSED - CALM) * (now - ticket.arrived_at) / slack)
+            return CALM
+        return CALM + (PRESSED - CALM) * (now - ticket.arrived_at) / slack
+
+    def _fits(self, room: Room, weight: float) -> bool:
+        return room.step_s + weight * room.prefill_s < self._tpot_s
 
     # -- keeping the books
 

@@ -166,7 +166,7 @@ def test_many_at_once_are_spread_evenly(routers):
 
 
 def busy_world(tpot_s):
-    """A replica that prefilled for three quarters of the last seconds; its streams get a token each 25 ms."""
+    """A replica that prefilled for three quarters of the last seconds, and makes steps of 6 ms."""
     world = World(tpot_s=tpot_s)
     world.fleet.elsewhere("r0", Load(in_flight=1, decoding=1, recent_s=15.0))
     return world
@@ -176,9 +176,9 @@ def busy_world(tpot_s):
     ("tpot_s", "goes"),
     [
         (inf, True),  # nobody said how often a token is due
-        (0.05, True),
-        (0.03, False),
-        (0.01, True),  # on an engine that is too slow for one stream alone nobody would go
+        (0.06, True),
+        (0.05, False),
+        (0.006, True),  # to an engine that is too slow for one stream alone nobody would ever go
     ],
 )
 def test_slow_streams_are_spared(tpot_s, goes):

