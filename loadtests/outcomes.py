@@ -53,7 +53,6 @@ class Summary:
 
     requests: int
     refused: int
-    turned_away: float
     attainment: float
     attainment_longest: float
     ttft_p50: float
@@ -64,6 +63,7 @@ class Summary:
     hit: float
     predicted_right: float
     balance: float
+    turned_away: float = 0.0
 
     @property
     def strict(self) -> bool:
@@ -84,7 +84,6 @@ def summarize(outcomes: Sequence[Outcome], slo: Slo, refused: int = 0) -> Summar
     return Summary(
         requests=len(kept),
         refused=refused,
-        turned_away=1 - len(served) / len(kept),
         attainment=float(attained.mean()),
         attainment_longest=float(attained[longest].mean()),
         ttft_p50=float(ttft_p50),
@@ -95,4 +94,5 @@ def summarize(outcomes: Sequence[Outcome], slo: Slo, refused: int = 0) -> Summar
         hit=sum(outcome.reported for outcome in served) / sum(o.arrival.input_length for o in served),
         predicted_right=float(np.mean([outcome.predicted == outcome.reported for outcome in served])),
         balance=float(np.mean([outcome.crowding for outcome in served])),
+        turned_away=1 - len(served) / len(kept),
     )

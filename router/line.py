@@ -79,10 +79,14 @@ class Wish(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What was seen of the fleet when a request could go, and where it goes; None: nowhere."""
+    """What was seen of the fleet when a request could go, where it goes, and how long it waited.
+
+    `placement`: None where there is no replica.
+    """
 
     view: View
     placement: Placement | None
+    waited_s: float = 0.0
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -122,6 +126,7 @@ class Lines:
         queue = self._queues.get(call.model) or self._open(call.model)
         wish = wish_of(call, request, self._config.priorities)
         waiter = queue.waiter(request.received_at, look, Seen(view, placement), wish, tenant)
+        queue.line.routers = 1 + self._peers()
         if queue.line.passes(waiter, placement, now):
             return Seen(view, placement)
         return await queue.wait(waiter)
@@ -205,10 +210,10 @@ class Queue:
             self._refuse(waiter, "late" if now < waiter.arrived_at + self._config.max_wait_s else "waited")
         released = line.next(self._fleet.view(self._model, now=now).replicas, now)
         if released is not None:
-            waiter = released.ticket
-            self._metrics.waited.observe(now - waiter.arrived_at)
+            waiter, waited_s = released.ticket, now - released.ticket.arrived_at
+            self._metrics.waited.observe(waited_s)
             if not waiter.told.done():  # its client may have left just now
-                waiter.told.set_result(Seen(released.view, released.placement))
+                waiter.told.set_result(Seen(released.view, released.placement, waited_s))
             self.moved()
         elif line and self._timer is None:
             self._timer = self._loop.call_later(TICK_S, self._tick)

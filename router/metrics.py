@@ -140,7 +140,7 @@ class Metrics:
         }
         self.overhead = self._histogram(
             "router_overhead_seconds",
-            "From the request's last byte until it was sent to a replica.",
+            "From the request's last byte until it was sent to a replica, less its wait in line.",
             OVERHEAD_BUCKETS,
         ).labels()
         self.loop_lag = self._histogram(

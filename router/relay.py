@@ -64,6 +64,7 @@ class Journey:
     reply: Reply
     metrics: ModelMetrics
     reading: Reading = UNREAD
+    waited_s: float = 0.0  # in line
     decision: Decision | None = None
     flight: Flight | None = None
     passage: Passage | None = None
@@ -223,7 +224,9 @@ class Relay:
 
     async def _turn(self, journey: Journey, key: int | None) -> Seen:
         """Waits until there is room for the request."""
-        return await self._lines.turn(journey.call, journey.request, partial(self._look, journey, key))
+        seen = await self._lines.turn(journey.call, journey.request, partial(self._look, journey, key))
+        journey.waited_s = seen.waited_s
+        return seen
 
     def _look(
         self, journey: Journey, key: int | None, now: float, tried: frozenset[str] = frozenset()
@@ -247,8 +250,10 @@ class Relay:
         if keeper is not None:
             placement = self._keepers.place(keeper, model, tried)
             view = View((placement.standing,), now=now)
+        elif seen is not None:
+            view, placement = seen.view, seen.placement
         else:
-            view, placement = seen or self._look(journey, key, now, tried)
+            view, placement = self._look(journey, key, now, tried)
         if placement is not None:
             return self.decisions.placed(journey.request_id, model, view, placement, journey.decision)
         if tried:
@@ -264,7 +269,7 @@ class Relay:
         upstream = self._upstreams.at(replica.url)
         prompt_ids = self._prompt_ids(journey, decision)
         message = upstream_message(journey, replica, upstream.authority, prompt_ids)
-        self._metrics.overhead.observe(loop.time() - journey.request.received_at)
+        self._metrics.overhead.observe(loop.time() - journey.request.received_at - journey.waited_s)
         call, prompt = journey.call, journey.reading.prompt
         journey.flight = self._fleet.started(
             replica.id, loop.time(), prompt, decision.cached, silent=not call.stream
