@@ -27,9 +27,9 @@ from loadtests.contenders import HERD, Contender, Running
 from loadtests.outcomes import Outcome, Summary, summarize
 from loadtests.report import table
 from loadtests.trace import BLOCK_TOKENS, Arrival, compress, read, spread
-from loadtests.twin import Setting, core_policy, simulate
-from router.config import Slo
+from loadtests.twin import Lined, Setting, core_policy, simulate
 from router.core.placement import POLICIES
+from router.slo import Slo
 from workers.command import flags
 from workers.demo_model import VOCABULARY
 from workers.simulated import options
@@ -137,7 +137,7 @@ async def compare(plan: Plan) -> Sides:
 
 def virtual(plan: Plan, arrivals: Sequence[Arrival]) -> Summary:
     """The twin's side."""
-    run = simulate(arrivals, plan.setting, core_policy(POLICIES[plan.policy]), plan.seed)
+    run = simulate(arrivals, plan.setting, Lined(core_policy(POLICIES[plan.policy])), plan.seed)
     return summarize(run.outcomes, Slo())
 
 

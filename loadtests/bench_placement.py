@@ -24,16 +24,16 @@ from loadtests.report import spread as with_spread
 from loadtests.report import table
 from loadtests.simulate import fleet_of
 from loadtests.trace import Arrival, compress, grain, read, spread
-from loadtests.twin import PolicyFactory, Setting, core_policy, simulate
-from router.config import Slo
+from loadtests.twin import Lined, PolicyFactory, Setting, core_policy, simulate
 from router.core.placement import POLICIES as CORE
 from router.errors import ConfigError
+from router.slo import Slo
 
 ROOT = Path(__file__).parent.parent
 TRACES, FLEET = ROOT / "loadtests" / "traces", ROOT / "deploy" / "sim-8b.yaml"
 
 _OWN: Mapping[str, PolicyFactory] = {name: core_policy(policy) for name, policy in CORE.items()}
-HERD = {"kv_aware": _OWN["kv_aware"]}
+HERD = {"kv_aware": Lined(_OWN["kv_aware"]), "kv_aware_unlined": _OWN["kv_aware"]}
 # What nobody ships as a router, or everybody: shown beside, and not what Herd is measured by.
 REFERENCES = {**PAPERS, **{name: make for name, make in _OWN.items() if name not in HERD}}
 POLICIES = {**HERD, **SHIPPED, **REFERENCES}

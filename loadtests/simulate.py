@@ -14,16 +14,16 @@ from rich.table import Table
 from loadtests.baselines import PAPERS, SHIPPED
 from loadtests.outcomes import STRICT_ALL, STRICT_LONGEST, Summary, summarize
 from loadtests.trace import BLOCK_TOKENS, Arrival, compress, read, spread
-from loadtests.twin import PolicyFactory, Setting, core_policy, simulate
+from loadtests.twin import Lined, PolicyFactory, Setting, core_policy, simulate
 from router.config import ModelConfig, application_of, load, parse
 from router.core.placement import POLICIES as CORE
 from router.errors import ConfigError
 from workers.command import flags
 from workers.simulated import options
 
-# Herd's own, and what others do.
+# Herd's own, behind its waiting line as the router has it, and what others do.
 POLICIES: Mapping[str, PolicyFactory] = {
-    **{name: core_policy(policy) for name, policy in CORE.items()},
+    **{name: Lined(core_policy(policy)) for name, policy in CORE.items()},
     **SHIPPED,
     **PAPERS,
 }
@@ -50,7 +50,10 @@ def fleet_of(path: Path, replicas: int | None = None, routers: int | None = None
     try:
         engine = options.read(flags(model.engine_args))
         setting = Setting(
-            engine.engine_config(), replicas or model.replicas, routers or config.router.replicas
+            engine.engine_config(),
+            replicas or model.replicas,
+            routers or config.router.replicas,
+            slo=config.slos.get(model.name),
         )
     except ValueError as error:
         raise ConfigError(f"{path}: models.0.engine_args: {error}") from None
@@ -131,6 +134,7 @@ FIGURES: Sequence[tuple[str, Show, Callable[[Summary], float] | None]] = (
     ("  foreseen exactly", _percent(lambda s: s.predicted_right), None),
     ("busiest / mean replica", lambda s: f"{s.balance:.2f}", None),
     ("refused, too long", lambda s: f"{s.refused:,}", None),
+    ("  by the line", _percent(lambda s: s.turned_away), None),
     ("load sustained", lambda s: "yes" if s.strict else "no", None),
 )
 

@@ -35,12 +35,16 @@ class TraceError(HerdError):
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """One request: when it comes (seconds since the start), its tokens in and out, the ids of its blocks."""
+    """One request: when it comes (seconds since the start), its tokens in and out, the ids of its blocks.
+
+    `priority`: its class, of which files say nothing; lower goes first.
+    """
 
     at: float
     input_length: int
     output_length: int
     hash_ids: Sequence[int]
+    priority: int = 0
 
 
 class Line(msgspec.Struct):

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count, groupby
+from math import inf
 from random import Random
 from typing import cast
 
@@ -24,11 +25,14 @@ from loadtests.trace import BLOCK_TOKENS, MAX_ID, Arrival
 from loadtests.virtual_engine import Report, VirtualEngine
 from loadtests.virtual_gossip import VirtualGossip
 from router.core import placement
+from router.core.admission import Line, Ticket
 from router.core.blocks import Keys, Prompt, block_keys
 from router.core.fleet import NOTHING_CACHED, Fleet, Flight, Replica, Trust, View
 from router.core.kv_events import AllBlocksCleared, BlockHash, BlockRemoved, BlockStored, KVEvent
 from router.core.placement import Placement
 from router.gossip import ROUND_S
+from router.line import TICK_S, AdmissionConfig
+from router.slo import Slo
 from workers.simulated.core import EngineConfig, Step
 from workers.simulated.kv_cache import CacheEvent, Removed, Stored
 from workers.simulated.step_time import StepWork
@@ -46,6 +50,17 @@ def core_policy(policy: placement.Policy) -> PolicyFactory:
     return partial(partial, _by_view, policy)
 
 
+@dataclass(frozen=True, slots=True)
+class Lined:
+    """A policy whose routers have requests wait in line for it."""
+
+    make: PolicyFactory
+    admission: AdmissionConfig = field(default_factory=AdmissionConfig)
+
+    def __call__(self) -> Policy:
+        return self.make()
+
+
 def _by_view(
     policy: placement.Policy, view: View, prompt: Prompt, reports: Mapping[str, Report]
 ) -> Placement | None:
@@ -58,7 +73,7 @@ class Setting:
 
     `kv_event_delay`: from the end of a step to the routers' knowledge. `gossip_period`: between
     rounds in which routers tell each other all of their load. `gossip_delay`: from one router to another.
-    `scrape_period`: how old a `Report` can be.
+    `scrape_period`: how old a `Report` can be. `slo`: what routers know to be promised.
     """
 
     engine: EngineConfig
@@ -68,6 +83,7 @@ class Setting:
     gossip_period: float = ROUND_S
     gossip_delay: float = 0.001
     scrape_period: float = 0.05
+    slo: Slo | None = None
 
     def __post_init__(self) -> None:
         if self.engine.block_size != BLOCK_TOKENS:
@@ -142,38 +158,56 @@ def _chain(ids: Sequence[int], parent: int) -> Keys:
 
 @dataclass(slots=True)
 class Request:
-    """A request under way."""
+    """A request from its arrival on; `flight` once it was placed."""
 
+    id: str
     router: Router
-    flight: Flight
+    content: Content
     outcome: Outcome
+    flight: Flight | None = None
     first_token_at: float = 0.0
 
 
+@dataclass(slots=True, eq=False, kw_only=True)
+class Waiter(Ticket):
+    """A request in line."""
+
+    request: Request
+
+
 class Router:
-    """One router process: its fleet, its policy, and its part in the gossip with its `peers`."""
+    """One router process: its fleet, its policy, its line, and its part in the gossip with its `peers`."""
 
     def __init__(
-        self, policy: Policy, setting: Setting, timeline: Timeline, peers: list[VirtualGossip]
+        self, policy: PolicyFactory, setting: Setting, timeline: Timeline, peers: list[VirtualGossip]
     ) -> None:
         self.fleet = Fleet()
         self.gossip = VirtualGossip(self.fleet, timeline, setting.gossip_period, setting.gossip_delay, peers)
-        self._policy = policy
+        self.line: Line[Waiter] | None = None
+        if isinstance(policy, Lined):
+            self.line = Line(policy.admission, 0.0, setting.slo.tpot_s if setting.slo else inf)
+            self.line.routers = setting.routers
+        self.awake = False  # its line is looked at in a moment
+        self._policy = policy()
         size, blocks = setting.engine.block_size, setting.engine.num_gpu_blocks
         for id in setting.replica_ids:
             replica = Replica(id, id, (MODEL,), "simulated", block_size=size, num_blocks=blocks)
             self.fleet.joined(replica, now=0.0)
             self.fleet.trusted(id, Trust.EXACT, "it is simulated here", size)
 
-    def place(self, content: Content, reports: Mapping[str, Report], draw: int, now: float) -> Flight:
-        """Chooses a replica; the request is on its way there."""
-        self.gossip.hear()
-        prompt = content.prompt
-        view = self.fleet.view(MODEL, draw, content.affinity, now, prompt)
-        placed = self._policy(view, prompt, reports)
+    def look(
+        self, content: Content, reports: Mapping[str, Report], draw: int, now: float
+    ) -> tuple[View, Placement]:
+        """What it sees, and which replica it would choose."""
+        view = self.fleet.view(MODEL, draw, content.affinity, now, content.prompt)
+        placed = self._policy(view, content.prompt, reports)
         assert placed is not None, "all replicas are ready"
+        return view, placed
+
+    def start(self, content: Content, view: View, placed: Placement, now: float) -> Flight:
+        """The request is on its way to the replica that was chosen."""
         id = placed.standing.id
-        flight = self.fleet.started(id, now, prompt, view.cached.get(id, NOTHING_CACHED))
+        flight = self.fleet.started(id, now, content.prompt, view.cached.get(id, NOTHING_CACHED))
         self.gossip.placed(id)
         return flight
 
@@ -185,12 +219,13 @@ class Twin:
         self.timeline = Timeline()
         self.run = Run()
         self._setting = setting
+        self._slo = setting.slo or Slo()
         self._chance = Random(seed)
         self._fresh = count(MAX_ID)
         self._engines = {id: self._engine(id) for id in setting.replica_ids}
         self._reports = Reports(self._engines)
         peers: list[VirtualGossip] = []
-        self._routers = [Router(policy(), setting, self.timeline, peers) for _ in range(setting.routers)]
+        self._routers = [Router(policy, setting, self.timeline, peers) for _ in range(setting.routers)]
         self._requests: dict[str, Request] = {}
         self._in_flight = dict.fromkeys(setting.replica_ids, 0)
 
@@ -199,25 +234,76 @@ class Twin:
         return VirtualEngine(setting.engine, self.timeline, setting.scrape_period, partial(self._deliver, id))
 
     def arrive(self, arrival: Arrival) -> None:
-        """A request comes to one of the routers, which places it."""
+        """A request comes to one of the routers, which places it or has it wait."""
         if not self._setting.fits(arrival):
             self.run.refused += 1
             return
         router = self._chance.choice(self._routers)
-        content = Content(arrival, self._fresh)
-        flight = router.place(content, self._reports, self._chance.getrandbits(64), self.timeline.now)
-        replica = flight.standing.id
-        self._in_flight[replica] += 1
-        unloaded = self._setting.unloaded_s(arrival.input_length)
-        outcome = Outcome(arrival, unloaded, replica, flight.cached.tokens, self._crowding())
-        id = str(len(self.run.outcomes))
+        outcome = Outcome(arrival, self._setting.unloaded_s(arrival.input_length))
+        request = Request(str(len(self.run.outcomes)), router, Content(arrival, self._fresh), outcome)
         self.run.outcomes.append(outcome)
-        self._requests[id] = Request(router, flight, outcome)
-        self._engines[replica].add(id, content, arrival.output_length)
+        view, placed = self._look(request, self.timeline.now)
+        if router.line is None:
+            self._start(request, view, placed)
+        else:
+            self._queue(router.line, request, view, placed)
+
+    def _look(self, request: Request, now: float) -> tuple[View, Placement]:
+        request.router.gossip.hear()
+        return request.router.look(request.content, self._reports, self._chance.getrandbits(64), now)
+
+    def _start(self, request: Request, view: View, placed: Placement) -> None:
+        outcome, replica = request.outcome, placed.standing.id
+        flight = request.flight = request.router.start(request.content, view, placed, self.timeline.now)
+        self._in_flight[replica] += 1
+        outcome.replica, outcome.predicted = replica, flight.cached.tokens
+        outcome.crowding = self._crowding()
+        self._requests[request.id] = request
+        self._engines[replica].add(request.id, request.content, outcome.arrival.output_length)
 
     def _crowding(self) -> float:
         counts = self._in_flight.values()
         return max(counts) * len(counts) / sum(counts)
+
+    # -- the line
+
+    def _queue(self, line: Line[Waiter], request: Request, view: View, placed: Placement) -> None:
+        now, unloaded = self.timeline.now, request.outcome.unloaded
+        due = now + self._slo.first_token_s(unloaded) - unloaded
+        tokens = view.num_tokens - max((had.tokens for had in view.cached.values()), default=0)
+        priority = request.outcome.arrival.priority
+        look = partial(self._look, request)
+        waiter = Waiter(now, due, look, tokens, priority=priority, request=request)
+        if line.passes(waiter, placed, now):
+            self._start(request, view, placed)
+        else:
+            self._refuse(line.enter(waiter, now))
+            self._move(request.router, line)
+
+    def _move(self, router: Router, line: Line[Waiter]) -> None:
+        """All that can go go, and those who waited too long; the others are looked at again in a moment."""
+        now = self.timeline.now
+        self._refuse(line.expired(now))
+        while line:
+            router.gossip.hear()
+            released = line.next(router.fleet.view(MODEL, now=now).replicas, now)
+            if released is None:
+                break
+            self._start(released.ticket.request, released.view, released.placement)
+        if line and not router.awake:
+            router.awake = True
+            self.timeline.at(now + TICK_S, self._wake, router, line)
+
+    def _wake(self, router: Router, line: Line[Waiter]) -> None:
+        router.awake = False
+        self._move(router, line)
+
+    @staticmethod
+    def _refuse(waiters: Iterable[Waiter]) -> None:
+        for waiter in waiters:
+            waiter.request.outcome.refused = True
+
+    # -- what engines tell
 
     def _deliver(self, replica: str, step: Step) -> None:
         """What a step brought reaches the routers: tokens at once, KV events later."""
@@ -231,19 +317,27 @@ class Twin:
             self.timeline.at(now + self._setting.kv_event_delay, self._apply, replica, typed(step.events))
 
     def _first_token(self, request: Request, cached_tokens: int, now: float) -> None:
+        assert request.flight is not None
         request.router.fleet.first_token(request.flight, now)
         request.first_token_at = now
         outcome = request.outcome
         outcome.ttft = now - outcome.arrival.at
         outcome.reported = cached_tokens
+        self._freed(request.router)
 
     def _finished(self, request: Request, now: float) -> None:
+        assert request.flight is not None
         outcome = request.outcome
         tokens = outcome.arrival.output_length
         request.router.gossip.hear()
         request.router.fleet.finished(request.flight, now, tokens)
         outcome.tpot = (now - request.first_token_at) / max(1, tokens - 1)
         self._in_flight[outcome.replica] -= 1
+        self._freed(request.router)
+
+    def _freed(self, router: Router) -> None:
+        if router.line:
+            self._move(router, router.line)
 
     def _apply(self, replica: str, events: Sequence[KVEvent]) -> None:
         for router in self._routers:

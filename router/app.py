@@ -56,9 +56,8 @@ def _pool(model: ModelConfig) -> Application:
 def _router(fleet: FleetConfig) -> Application:
     pools = [_pool(model) for model in fleet.models]
     models = [model.name for model in fleet.models]
-    config = fleet.router.model_copy(
-        update={"tokenizers": fleet.tokenizers, "continuation": fleet.continuation}
-    )
+    by_model = {"tokenizers": fleet.tokenizers, "continuation": fleet.continuation, "slos": fleet.slos}
+    config = fleet.router.model_copy(update=by_model)
     return serve.deployment(
         deployment.Router,
         name="Router",

@@ -20,7 +20,9 @@ from router.errors import ConfigError
 from router.http.cors import Cors
 from router.http.requests import Limits
 from router.keys import ADMIN_KEY
+from router.line import AdmissionConfig
 from router.settings import checked, read_yaml
+from router.slo import Slo
 from router.tenants import KeyHash, TenantsConfig
 from router.tokenizer_config import TokenizerConfig
 from workers.engine import EngineSpec
@@ -42,6 +44,8 @@ class RouterConfig(BaseModel):
     other names of models, each with the name that engines know. `limits`: of what clients send
     (router/http/requests.py). `cors`: which web pages may call (router/http/cors.py). `decisions`: what is
     told of placements (router/decisions.py). `tenants`: whose requests are taken (router/tenants.py).
+    `admission`: when requests wait in line (router/line.py). `slos`: what is promised of models, by their
+    names (router/slo.py).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -63,6 +67,8 @@ class RouterConfig(BaseModel):
     cors: Cors = Cors()
     decisions: DecisionsConfig = DecisionsConfig()
     tenants: TenantsConfig = TenantsConfig()
+    admission: AdmissionConfig = AdmissionConfig()
+    slos: dict[Name, Slo] = {}
 
     @field_validator("policy")
     @classmethod
@@ -116,17 +122,6 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-class Slo(BaseModel):
-    """What users of a model expect: the first token within `ttft_s`, or of a long prompt within `ttft_times`
-    what its prefill takes on an idle engine without cache; then a token every `tpot_s` on average."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    ttft_s: Annotated[float, Field(gt=0)] = 2.0
-    ttft_times: Annotated[float, Field(ge=1)] = 5.0
-    tpot_s: Annotated[float, Field(gt=0)] = 0.05
-
-
 class ModelConfig(EngineSpec):
     """One model and how many replicas of it run."""
 
@@ -155,6 +150,12 @@ class FleetConfig(BaseModel):
     def continuation(self) -> dict[str, Mode]:
         """By model: as the router is told, else as the model is."""
         return {model.name: model.continuation for model in self.models} | self.router.continuation
+
+    @property
+    def slos(self) -> dict[str, Slo]:
+        """By model: as its entry says, else as the router is told; nothing of those of which nobody says."""
+        said = {model.name: model.slo for model in self.models if "slo" in model.model_fields_set}
+        return self.router.slos | said
 
     @model_validator(mode="after")
     def _unique_names(self) -> FleetConfig:

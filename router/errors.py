@@ -25,6 +25,7 @@ HerdError
     TooLarge               413
     TargetTooLong          414
     RateLimited            429
+    Overloaded             429
     HeadTooLarge           431
     UpstreamBroken         502
     NoCapacity             503
@@ -228,6 +229,14 @@ class HeadTooLarge(ApiError):
     status = 431
     type = "invalid_request_error"
     code = "headers_too_large"
+
+
+class Overloaded(ApiError):
+    """Others are before it in line: it is refused, and told when to come again."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "overloaded"
 
 
 class UpstreamBroken(ApiError):

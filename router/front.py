@@ -81,6 +81,7 @@ class FrontDoor:
             self._tenants,
             self._gossip.placed,
             promised,
+            self._rivals,
         )
         self._shards = Shards(
             self._relay,
@@ -169,6 +170,10 @@ class FrontDoor:
             return self._met
         going_on = (member for member in self._place.members if member.rank is not None)
         return [member.contact for member in going_on if member.contact is not None]
+
+    def _rivals(self) -> int:
+        """Other processes that fill the same replicas: with shards each has its own."""
+        return self._gossip.heard // self._config.shards
 
     @property
     def ready(self) -> bool:

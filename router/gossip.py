@@ -69,7 +69,7 @@ class Gossip(asyncio.DatagramProtocol):
         self._placed: set[str] = set()
         self._rounds: asyncio.Task[None] | None = None
         self._transport: asyncio.DatagramTransport
-        metrics.peers.set_function(lambda: len(self._loads.peers))
+        metrics.peers.set_function(lambda: self.heard)
 
     async def start(self, host: str) -> Contact:
         """Speaks and listens from now on. Raises ListenError."""
@@ -117,6 +117,11 @@ class Gossip(asyncio.DatagramProtocol):
     def name(self) -> str:
         """By which the others know this process."""
         return self._self.name
+
+    @property
+    def heard(self) -> int:
+        """How many other processes speak."""
+        return len(self._loads.peers)
 
     @property
     def others(self) -> list[Contact]:

@@ -19,6 +19,8 @@ from router.series import Counter, Counters, Histogram, Histograms
 # From a cached one-block prompt on a small model to a 100k-token prefill behind a queue.
 TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60)
 DURATION_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300, 600)
+# From what one prefill makes others wait to what nobody waits for.
+WAIT_BUCKETS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 # Around 1, where predictions come true: within a tenth, a fifth, half; then how far they are off.
 RATIO_BUCKETS = (0.1, 0.25, 0.5, 0.67, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2, 4, 10)
 # The router's own share: microseconds when idle, milliseconds when its loop is behind.
@@ -31,6 +33,8 @@ LAG_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 
 RETRY_REASONS = ("connect", "cut", "failed", "refused")
 # What became of streams that broke: they went on elsewhere, lacked only their counts, or could not go on.
 CONTINUATIONS = ("continued", "finished", "impossible")
+# Why a request was not let in: the line was full, it waited too long, or was too late for its SLO.
+REFUSALS = ("full", "waited", "late")
 # What became of datagrams between router processes: those of a process that is not known, whose signature is
 # another's, or that are no newer than what is known, are dropped.
 DATAGRAM_FATES = ("sent", "unsent", "taken", "stale", "unknown", "forged", "malformed")
@@ -70,6 +74,12 @@ HISTOGRAMS = (
         TTFT_BUCKETS,
     ),
     (
+        "waited",
+        "line_wait_seconds",
+        "From the request's last byte until it left the waiting line for a replica, of those that waited.",
+        WAIT_BUCKETS,
+    ),
+    (
         "duration",
         "request_duration_seconds",
         "From the request's last byte to the reply's last.",
@@ -89,6 +99,7 @@ class ModelMetrics:
     """What is counted and timed of one model's requests."""
 
     ttft: Histogram
+    waited: Histogram
     duration: Histogram
     ttft_ratio: Histogram
     prompt_tokens: Counter
@@ -106,6 +117,7 @@ class ModelMetrics:
     reported_cached: Counter
     retries: dict[str, Counter]
     continuations: dict[str, Counter]
+    refused: dict[str, Counter]
     misses: dict[Cause, Counter]
     trust_changes: dict[Doubt | None, Counter]
 
@@ -133,6 +145,9 @@ class Metrics:
         self._continuations = self._counter(
             "stream_continuations", "Streams that broke, by what became of them.", "model", "outcome"
         )
+        self._refused = self._counter(
+            "requests_refused", "Requests that the waiting line refused.", "model", "reason"
+        )
         self._misses = self._counter(
             "prediction_misses", "Predictions that were off by more than a block.", "model", "cause"
         )
@@ -147,7 +162,7 @@ class Metrics:
         }
         self.overhead = self._histogram(
             "router_overhead_seconds",
-            "From the request's last byte until it was sent to a replica.",
+            "From the request's last byte until it was sent to a replica, less its wait in line.",
             OVERHEAD_BUCKETS,
         ).labels()
         self.loop_lag = self._histogram(
@@ -173,6 +188,10 @@ class Metrics:
         )
         self.peers = self._gauge("gossip_peers", "Other router processes that speak.")
         self.connections = self._gauge("client_connections", "Open client connections.")
+        self._waiting = self._gauge("requests_waiting", "Requests in the waiting line.", "model")
+        self._waiting_tokens = self._gauge(
+            "waiting_tokens", "Prompt tokens to be computed of the requests in the waiting line.", "model"
+        )
         self._replicas = self._gauge("replicas", "Replicas by state.", "model", "state")
         self._in_flight = self._gauge("requests_in_flight", "Requests at a replica now.", "model", "replica")
         self._trust = self._gauge(
@@ -226,6 +245,11 @@ class Metrics:
         tokens = {field: family.labels(name) for field, family in self._of_tenant.items()}
         return TenantMetrics(partial(self._tenant_requests.labels, name), **tokens)
 
+    def show_line(self, model: str, requests: Callable[[], float], tokens: Callable[[], float]) -> None:
+        """From now on the length of a model's waiting line is asked for when metrics are read."""
+        self._waiting.labels(model).set_function(requests)
+        self._waiting_tokens.labels(model).set_function(tokens)
+
     def _born(self, model: str) -> ModelMetrics:
         retries = {reason: self._retries.labels(model, reason) for reason in RETRY_REASONS}
         children = {name: family.labels(model) for name, family in self._of_model.items()}
@@ -233,6 +257,7 @@ class Metrics:
             **children,
             retries=retries,
             continuations={outcome: self._continuations.labels(model, outcome) for outcome in CONTINUATIONS},
+            refused={reason: self._refused.labels(model, reason) for reason in REFUSALS},
             misses={cause: self._misses.labels(model, cause) for cause in Cause},
             trust_changes={
                 kind: self._trust_changes.labels(model, trust_with(kind), kind or "proven")

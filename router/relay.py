@@ -47,12 +47,15 @@ from router.http.server import Reply, Request
 from router.http.sse import Usage
 from router.http.upstream import Exchange, Upstreams
 from router.keepers import Keepers
+from router.line import Lines
 from router.metrics import Metrics, ModelMetrics
 from router.passage import Passage
 from router.tenants import Tenant, Tenants
 
 log = logging.getLogger(__name__)
 
+# The fleet as it was seen, and the policy's choice.
+Sight = tuple[View, Placement | None]
 JSON = (b"content-type", b"application/json")
 MODEL_PATH = "/v1/models/"
 MAX_REQUEST_ID = 128  # longer ones are not identifiers; they would end up in logs and engine ids
@@ -78,6 +81,7 @@ class Journey:
     asked: Leg = field(init=False)
     leg: Leg = field(init=False)
     tries: int = 0
+    waited_s: float = 0.0  # in line
     decision: Decision | None = None
     flight: Flight | None = None
     passage: Passage | None = None
@@ -89,7 +93,8 @@ class Journey:
 class Relay:
     """Answers client requests from a fleet.
 
-    What goes wrong at a replica is told to `watch`. `placed` hears at which replica each request is.
+    What goes wrong at a replica is told to `watch`. `placed` hears at which replica each request is. `peers`:
+    how many other routers fill the same replicas.
     """
 
     def __init__(
@@ -103,6 +108,7 @@ class Relay:
         tenants: Tenants,
         placed: Callable[[str], None],
         promised: tuple[str, ...] = (),
+        peers: Callable[[], int] = int,
     ) -> None:
         self._policy = POLICIES[config.policy]
         self._keyed = self._policy in KEYED
@@ -121,6 +127,7 @@ class Relay:
         self._keepers = Keepers(fleet, watch)
         self._continuation = Continuation(config.continuation, caches.tokenizers)
         self._budget = RetryBudget()
+        self._lines = Lines(config.admission, config.slos, tenants.weights, fleet, metrics, peers)
         self.decisions = Decisions(config.policy, config.decisions, metrics.decisions)
         self.arrivals = Arrivals()
         self._started = int(time.time())
@@ -241,8 +248,11 @@ class Relay:
             journey.asked = journey.leg = Leg(journey.call, await self._tokenizers.read(journey.call))
         tried: frozenset[str] = frozenset()
         failure: UpstreamError | None = None
+        loop = asyncio.get_running_loop()
+        seen = await self._turn(journey, key) if journey.keeper is None else None
         while True:
-            decision = self._place(journey, key, tried)
+            decision = self._place(journey, *(seen or self._look(journey, key, tried, loop.time())))
+            seen = None
             if decision is None:
                 if failure is None or not await self._watch.comes(journey.call.model, PATIENCE_S):
                     self._give_up(journey, failure)
@@ -260,25 +270,35 @@ class Relay:
                 return
             tried |= {decision.standing.id}
 
-    def _place(self, journey: Journey, key: int | None, tried: frozenset[str]) -> Decision | None:
-        """The next replica; None if there is none."""
-        model, now = journey.call.model, asyncio.get_running_loop().time()
-        placement: Placement | None
-        if journey.keeper is None:
-            view = self._fleet.view(model, getrandbits(64), key, now, journey.leg.reading.prompt)
-            if journey.leg.rest is not None:
-                tried |= {standing.id for standing in view.replicas if not standing.takes_ids}
-            view = view.without(tried)
-            placement = self._policy(view)
-        else:
+    async def _turn(self, journey: Journey, key: int | None) -> Sight:
+        """Waits until there is room for the request. What was seen then is to be acted on at once."""
+        look = partial(self._look, journey, key, frozenset())
+        seen = await self._lines.turn(journey.call, journey.request, look, journey.tenant)
+        journey.waited_s = seen.waited_s
+        return seen.view, seen.placement
+
+    def _look(self, journey: Journey, key: int | None, tried: frozenset[str], now: float) -> Sight:
+        """The fleet as it is, and the policy's choice among those that were not tried."""
+        model = journey.call.model
+        if journey.keeper is not None:
             placement = self._keepers.place(journey.keeper, model)
-            view = View((placement.standing,), now=now)
+            return View((placement.standing,), now=now), placement
+        view = self._fleet.view(model, getrandbits(64), key, now, journey.leg.reading.prompt)
+        if journey.leg.rest is not None:
+            tried |= {standing.id for standing in view.replicas if not standing.takes_ids}
+        view = view.without(tried)
+        return view, self._policy(view)
+
+    def _place(self, journey: Journey, view: View, placement: Placement | None) -> Decision | None:
+        """Takes the replica that was chosen; None if there is none."""
         if placement is None:
             return None
         if not journey.tries:
-            self._budget.placed(placement.standing.in_flight + 1, now)
+            self._budget.placed(placement.standing.in_flight + 1, view.now)
         journey.tries += 1
-        journey.decision = self.decisions.placed(journey.request_id, model, view, placement, journey.decision)
+        journey.decision = self.decisions.placed(
+            journey.request_id, journey.call.model, view, placement, journey.decision
+        )
         return journey.decision
 
     def _goes_on(self, journey: Journey, failure: UpstreamError) -> bool:
@@ -338,7 +358,7 @@ class Relay:
         prompt_ids = self._prompt_ids(journey, decision)
         message = upstream_message(journey, replica, upstream.authority, prompt_ids)
         if journey.tries == 1:
-            self._metrics.overhead.observe(loop.time() - journey.request.received_at)
+            self._metrics.overhead.observe(loop.time() - journey.request.received_at - journey.waited_s)
         prompt, silent = journey.leg.reading.prompt, not journey.call.stream
         journey.flight = self._fleet.started(replica.id, loop.time(), prompt, decision.cached, silent=silent)
         self._placed(replica.id)
@@ -352,6 +372,7 @@ class Relay:
         finally:
             decision.ended(loop.time(), journey.reply.status)
             self._fleet.finished(journey.flight, loop.time(), _stream_tokens(journey))
+            self._lines.freed(journey.call.model)
 
     def _prompt_ids(self, journey: Journey, decision: Decision) -> bytes | None:
         """The prompt's token ids if the replica is to get them in place of the text; some are checked."""
@@ -403,6 +424,7 @@ class Relay:
         if (ratio := journey.decision.first_output(now)) is not None:
             journey.metrics.ttft_ratio.observe(ratio)
         self._fleet.first_token(journey.flight, now)
+        self._lines.freed(journey.call.model)
         if journey.leg.rest is None:
             journey.metrics.ttft.observe(now - journey.request.received_at)
 

@@ -143,6 +143,7 @@ class Tenant:
 
     def __init__(self, name: str, config: TenantConfig, secret: str | None, metrics: Metrics) -> None:
         self.name = name
+        self.known = name not in (ANYBODY, DEFAULT)
         self.quota = Quota(config.allowance)
         self._metrics = metrics.tenant(name)
         self.requests = self._metrics.requests  # (code)
@@ -215,6 +216,7 @@ class Tenants:
         self._tenants: dict[str, Tenant] = {}
         self._by_key: dict[bytes, Tenant] = {}
         self.quotas: dict[str, Quota] = {}  # of tenants that have limits
+        self.weights: dict[str, float] = {}
         self._anybody: Tenant | None = None
         if self._path is not None:
             self._take(load(self._path), 0.0)
@@ -277,6 +279,8 @@ class Tenants:
             self._tenants[name] = tenant
             self._by_key.update((digest_in(key), tenant) for key in config.keys)
         self.quotas = {name: t.quota for name, t in self._tenants.items() if t.quota.limited}
+        self.weights.clear()  # lines hold on to it
+        self.weights.update((name, tenant.weight) for name, tenant in self._tenants.items())
 
 
 def salt_of(name: str, config: TenantConfig, secret: str | None) -> Salt | None:

@@ -19,6 +19,7 @@ from router.http.cors import Cors
 from router.http.requests import Limits
 from router.http.server import Handler, Server
 from router.http.upstream import Upstreams
+from router.line import AdmissionConfig
 from router.metrics import Metrics
 from router.openai_api import Aliases, refusal
 from router.relay import Relay
@@ -165,6 +166,7 @@ async def relaying(
     aliases: Aliases | None = None,
     decisions: DecisionsConfig = AS_USUAL,
     tenants: TenantsConfig = OPEN,
+    admission: AdmissionConfig | None = None,
 ) -> AsyncIterator[tuple[Relay, Fleet, int]]:
     """A relay in front of these engines; ids are r0, r1, ... Each serves its one of `models`, else `m`."""
     fleet = Fleet()
@@ -173,7 +175,12 @@ async def relaying(
         fleet.joined(Replica(id=f"r{i}", url=url, models=(model,), max_model_len=100), now=0.0)
     metrics = Metrics()
     upstreams = Upstreams()
-    config = RouterConfig(policy=policy.__name__, aliases=aliases or {}, decisions=decisions)
+    config = RouterConfig(
+        policy=policy.__name__,
+        aliases=aliases or {},
+        decisions=decisions,
+        admission=admission or AdmissionConfig(),
+    )
     caches = Caches(config, fleet, metrics)
     watch = Watch(fleet, metrics, caches)
     relay = Relay(config, fleet, metrics, watch, caches, upstreams, Tenants(tenants, metrics), placed=len)

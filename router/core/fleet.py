@@ -27,6 +27,8 @@ UNTOLD_CAPACITY = 400_000
 # What counts as lately (seconds): a few answers long, so that it tells what a stream will meet. In the twin
 # 20 is better than 12, 30 and 60 on one trace or the other.
 RECENT_S = 20.0
+# Less than this is not told to other routers: it keeps no replica busy.
+LEAST_RECENT_S = 0.01 * RECENT_S
 # A replica that seems to do nothing but prefill still decodes now and then.
 MOST_BUSY = 0.9
 # How often step models fade (seconds): often enough beside step_model.FADE_S.
@@ -160,14 +162,15 @@ class Standing:
 
     def own_load(self, now: float) -> Load:
         """What this router has here."""
-        backlog, recent = self._own_backlog_s(now), self._own_recent_s(now)
+        backlog, recent = self.own_backlog_s(now), self._own_recent_s(now)
         return Load(self.in_flight, backlog, self.decoding, self.context, recent)
 
     def backlog_s(self, now: float) -> float:
         """Seconds of prefill that were promised here, by all routers, and are not done yet."""
-        return self._own_backlog_s(now) + self.elsewhere.prefill_s
+        return self.own_backlog_s(now) + self.elsewhere.prefill_s
 
-    def _own_backlog_s(self, now: float) -> float:
+    def own_backlog_s(self, now: float) -> float:
+        """Of these, what this router promised."""
         if not self.prefills:
             return 0.0
         head = next(iter(self.prefills.values()))
@@ -466,8 +469,11 @@ class Fleet:
         if flight.first_token_at is None:
             self._prefilled(flight, now)
         else:
-            # Had the replica not prefilled for others meanwhile, decoding would have taken so long.
-            decoding_s = now - flight.first_token_at - (standing.prefilled_s - flight.prefilled_s)
+            # Had the replica not prefilled for others meanwhile, decoding would have taken so long. Of other
+            # routers it is known how much of its time they took lately.
+            elsewhere = min(MOST_BUSY, standing.elsewhere.recent_s / RECENT_S)
+            decoding_s = (now - flight.first_token_at) * (1 - elsewhere)
+            decoding_s -= standing.prefilled_s - flight.prefilled_s
             if not flight.silent:
                 standing.steps.observe_stream(output_tokens - 1, standing.step_s(), decoding_s)
             standing.decoding -= 1
@@ -491,8 +497,9 @@ class Fleet:
     # -- what several routers tell each other
 
     def loads(self, now: float) -> dict[str, Load]:
-        """What this router has at each replica, by its id; those where it has nothing are left out."""
-        return {id: s.own_load(now) for id, s in self._standings.items() if s.in_flight}
+        """What this router has or had lately at each replica, by its id; the others are left out."""
+        told = {id: s.own_load(now) for id, s in self._standings.items() if s.in_flight or s.recent_s}
+        return {id: load for id, load in told.items() if load.in_flight or load.recent_s > LEAST_RECENT_S}
 
     def elsewhere(self, replica_id: str, load: Load) -> None:
         """What the other routers have at the replica, all together."""

@@ -25,8 +25,8 @@ from loadtests.bench_placement import (
 from loadtests.simulate import fleet_of
 from loadtests.trace import Arrival
 from loadtests.twin import core_policy
-from router.config import Slo
 from router.core.placement import least_requests
+from router.slo import Slo
 
 # A request a second of ten blocks, every third of them with the same first one. Two engines have half their
 # time to spare at 5 times the speed, and are far behind at 100.

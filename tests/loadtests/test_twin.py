@@ -5,23 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from random import Random
+from statistics import mean
 
 import pytest
 
 from loadtests.outcomes import Outcome, summarize
 from loadtests.trace import BLOCK_TOKENS, Arrival
-from loadtests.twin import Run, Setting, core_policy, simulate
+from loadtests.twin import Lined, PolicyFactory, Run, Setting, core_policy, simulate
 from loadtests.virtual_engine import Report
-from router.config import Slo
 from router.core.blocks import Prompt
 from router.core.fleet import Load, View
 from router.core.placement import POLICIES, Placement, kv_aware, least_requests, random, round_robin
+from router.line import AdmissionConfig
+from router.slo import Slo
 from workers.simulated.core import EngineConfig
 from workers.simulated.step_time import PRESETS, StepWork
 
 TIME = PRESETS["8b-h100"].step_time
 ENGINE = EngineConfig(TIME, num_gpu_blocks=101, block_size=BLOCK_TOKENS)
 SETTING = Setting(ENGINE, replicas=3)
+PATIENT = AdmissionConfig(max_wait_s=1e6)
 
 
 def conversations(count: int, gap: float, seed: int = 1) -> list[Arrival]:
@@ -182,6 +185,43 @@ def test_long_prompts_are_given_more_time() -> None:
 def test_other_block_sizes_than_the_traces_are_refused() -> None:
     with pytest.raises(ValueError, match="512 tokens, not 16"):
         Setting(EngineConfig(TIME, 101, 16))
+
+
+@pytest.mark.parametrize("routers", [1, 3])
+def test_who_waits_in_line_is_served_all_the_same(routers: int) -> None:
+    trace = conversations(80, 0.01)
+    setting = replace(SETTING, routers=routers, slo=Slo())
+    outcomes = simulate(trace, setting, Lined(core_policy(kv_aware), PATIENT)).outcomes
+    assert [outcome.arrival for outcome in outcomes] == trace
+    assert all(outcome.ttft > 0 and outcome.replica for outcome in outcomes)
+
+
+def test_a_line_is_as_determined_as_all_else() -> None:
+    trace, policy = conversations(80, 0.05), Lined(core_policy(kv_aware))
+    setting = replace(SETTING, routers=2, slo=Slo())
+    assert simulate(trace, setting, policy, 7) == simulate(trace, setting, policy, 7)
+
+
+def test_overload_is_borne() -> None:
+    """Twice what the fleet can do: with the line most of that is done, without it hardly anything in time."""
+    chance, slo = Random(1), Slo()
+    setting = Setting(EngineConfig(TIME, num_gpu_blocks=782, block_size=BLOCK_TOKENS), replicas=3, slo=slo)
+    plenty = conversations(600, 0.1)
+    twice = [replace(a, at=a.at / 2, priority=-1 if chance.random() < 0.1 else 0) for a in plenty]
+
+    def attained(trace: list[Arrival], policy: PolicyFactory) -> list[tuple[bool, bool]]:
+        """Of each request, whether it was premium and within its SLO."""
+        outcomes = simulate(trace, setting, policy).outcomes
+        return [(o.arrival.priority < 0, o.attained(slo)) for o in outcomes]
+
+    lined = Lined(core_policy(kv_aware))
+    at_capacity, held, unheld = attained(plenty, lined), attained(twice, lined), attained(twice, lined.make)
+    goodput = [sum(good for _, good in of) for of in (at_capacity, held, unheld)]
+    assert goodput[0] > 0.95 * len(plenty)
+    assert 2 * goodput[1] > 0.75 * goodput[0], "in half of the time"
+    assert goodput[1] > 4 * goodput[2]
+    premium = [good for is_premium, good in held if is_premium]
+    assert mean(premium) > 1.2 * goodput[1] / len(twice)
 
 
 def test_kv_awareness_pays_on_conversations() -> None:

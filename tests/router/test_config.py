@@ -13,6 +13,12 @@ def test_a_fleet_needs_no_more_than_a_model():
     assert (fleet.router.port, fleet.router.admin_port, fleet.router.policy) == (8000, 8001, "kv_aware")
 
 
+def test_routers_know_what_is_promised_of_models_but_not_what_nobody_said():
+    promised = {**MODEL, "name": "n", "slo": {"ttft_s": 1.0}}
+    fleet = parse({"models": [MODEL, promised], "router": {"slos": {"lora": {"tpot_s": 0.1}}}})
+    assert {name: slo.ttft_s for name, slo in fleet.slos.items()} == {"n": 1.0, "lora": 2.0}
+
+
 def test_a_model_may_have_other_names():
     fleet = parse({"models": [MODEL], "router": {"aliases": {"gpt-4o": "m", "o1": "m"}}})
     assert fleet.router.aliases == {"gpt-4o": "m", "o1": "m"}
@@ -73,6 +79,8 @@ def test_on_loopback_admin_ports_need_no_key(host):
             "router: admin_key: admin_host node-7 can be reached",
         ),
         ({"models": [MODEL], "router": {"admin_key": "k"}}, "router.admin_key: String should match"),
+        ({"models": [MODEL], "router": {"admission": {"awaiting": 0}}}, "router.admission.awaiting: "),
+        ({"models": [MODEL], "router": {"admission": {"queue": 1}}}, "router.admission.queue: Extra inputs"),
         ({"models": [MODEL], "router": {"replicas": 0}}, "router.replicas: Input should be greater than"),
         (
             {"models": [MODEL], "router": {"replicas": 2, "shards": 3}},

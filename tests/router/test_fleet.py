@@ -1,11 +1,12 @@
 """What the fleet remembers of requests under way, and what it forecasts from that."""
 
 from array import array
+from math import exp
 
 import pytest
 
 from router.core.blocks import TEXT_BLOCK_BYTES, TEXT_BLOCK_TOKENS, Prompt
-from router.core.fleet import Cached, Fleet, Load, Replica, Trust
+from router.core.fleet import RECENT_S, Cached, Fleet, Load, Replica, Trust
 from router.core.kv_events import BlockStored
 from router.core.step_model import TELLING
 
@@ -116,7 +117,8 @@ def test_what_other_routers_are_told_is_what_this_one_has_there_now(fleet):
     assert fleet.loads(0.3) == {"r0": Load(2, pytest.approx(own[1]), 1, 8000, recent)}
     fleet.finished(first, now=9.0)
     fleet.finished(second, now=9.0)
-    assert fleet.loads(9.0) == {}
+    assert fleet.loads(9.0) == {"r0": Load(recent_s=pytest.approx(sum(own) * exp(-9 / RECENT_S)))}
+    assert fleet.loads(90.0) == {}
 
 
 def test_a_slower_tier_costs_loading_not_computing(fleet):
@@ -148,6 +150,16 @@ def test_what_was_prefilled_for_others_is_no_fault_of_decoding(fleet):
     fleet.finished(other, now=1.0)
     prefilled = fleet.get("r0").prefilled_s - first.prefilled_s
     fleet.finished(first, now=0.01 + 100 * step + prefilled, output_tokens=101)
+    assert fleet.get("r0").steps.decode.value == pytest.approx(1.0)
+
+
+def test_nor_what_other_routers_had_prefilled_there(fleet):
+    """Else each router would think replicas slow that the others use, and keep away from their caches."""
+    flight = fleet.started("r0", 0.0, prompt_of(16))
+    fleet.first_token(flight, now=0.01)
+    step = fleet.get("r0").step_s()
+    fleet.elsewhere("r0", Load(recent_s=RECENT_S / 2))  # half of its time
+    fleet.finished(flight, now=0.01 + 2 * 100 * step, output_tokens=101)
     assert fleet.get("r0").steps.decode.value == pytest.approx(1.0)
 
 
