@@ -64,7 +64,7 @@ class AdmissionConfig(BaseModel):
 
     backlog_s: Annotated[float, Field(gt=0)] = 0.5
     awaiting: Annotated[int, Field(ge=1)] = 16
-    max_waiting: Annotated[int, Field(ge=0)] = 1000
+    max_waiting: Annotated[int, Field(ge=0)] = 10_000
     max_waiting_tokens: Annotated[int, Field(ge=0)] = 10_000_000
     max_wait_s: Annotated[float, Field(ge=0)] = 60.0
     max_late_s: Annotated[float, Field(ge=0)] = inf
