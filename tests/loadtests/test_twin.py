@@ -221,7 +221,7 @@ def test_overload_is_borne() -> None:
     assert 2 * goodput[1] > 0.75 * goodput[0], "in half of the time"
     assert goodput[1] > 4 * goodput[2]
     premium = [good for is_premium, good in held if is_premium]
-    assert mean(premium) > 1.2 * goodput[1] / len(twice)
+    assert mean(premium) > 1.1 * goodput[1] / len(twice)
 
 
 def test_kv_awareness_pays_on_conversations() -> None:
