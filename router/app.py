@@ -14,6 +14,7 @@ from router import deployment
 from router.config import FleetConfig, ModelConfig, parse
 from router.errors import ConfigError
 from workers import replica
+from workers.engine import EngineSpec
 
 # Names that Ray keeps for itself; everything else in `resources` is a custom resource.
 RAY_RESOURCES = ("num_cpus", "num_gpus", "memory")
@@ -39,7 +40,7 @@ def build(args: dict[str, Any]) -> Application:
 
 
 def _pool(model: ModelConfig) -> Application:
-    spec = model.model_dump(exclude={"replicas", "resources", "slo"})
+    spec = model.model_dump(include=set(EngineSpec.model_fields))
     return serve.deployment(
         replica.Replica,
         name=deployment_name(model),

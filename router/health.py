@@ -235,9 +235,14 @@ class Watch:
         return frozenset(self._followers)
 
     @property
+    def expecting(self) -> bool:
+        """A replica was announced and is asked for the first time what it is."""
+        return bool(self._untried)
+
+    @property
     def settled(self) -> bool:
         """Every replica was asked once what it is."""
-        return not self._untried
+        return not self.expecting
 
     async def _follow(self, endpoint: Endpoint) -> None:
         await self._admit(endpoint)

@@ -59,8 +59,9 @@ Sight = tuple[View, Placement | None]
 JSON = (b"content-type", b"application/json")
 MODEL_PATH = "/v1/models/"
 MAX_REQUEST_ID = 128  # longer ones are not identifiers; they would end up in logs and engine ids
-# A request that had a replica, and lost it with all others, waits so long for one (seconds).
-PATIENCE_S = 30.0
+# A request that had a replica, and lost it with all others, waits so long for one (seconds); a new request only
+# while a replica is being learnt, as when all are rolled.
+PATIENCE_S, NEWCOMER_S = 30.0, 5.0
 
 
 @dataclass(slots=True)
@@ -254,7 +255,7 @@ class Relay:
             decision = self._place(journey, *(seen or self._look(journey, key, tried, loop.time())))
             seen = None
             if decision is None:
-                if failure is None or not await self._watch.comes(journey.call.model, PATIENCE_S):
+                if not await self._comes(journey.call.model, failure):
                     self._give_up(journey, failure)
                     return
                 tried = frozenset()
@@ -269,6 +270,12 @@ class Relay:
             if not self._goes_on(journey, failure):
                 return
             tried |= {decision.standing.id}
+
+    async def _comes(self, model: str, failure: UpstreamError | None) -> bool:
+        """Whether a replica comes for a request that has none, in the time that it waits for one."""
+        if failure is None and not self._watch.expecting:
+            return False
+        return await self._watch.comes(model, PATIENCE_S if failure is not None else NEWCOMER_S)
 
     async def _turn(self, journey: Journey, key: int | None) -> Sight:
         """Waits until there is room for the request. What was seen then is to be acted on at once."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 
 import httpx
 import openai
+import yaml
 from support import ROOT, Running, eventually, free_port, free_ports
 
 from router.run_directory import Process, Record, RunDirectory
@@ -78,6 +80,29 @@ class Fleet:
         port = replica["url"].rpartition(":")[2]
         found = [p for p in self.processes(f"--port {port}") if "supervisor.py" not in command_line(p)]
         return min(found, key=lambda p: p.started)
+
+    def serve(self, command: str, *args: Path) -> str:
+        """What one of Ray's own commands for operators says."""
+        argv = [str(part) for part in (SERVE, command, "--address", self.record.dashboard, *args)]
+        env = {**os.environ, "RAY_AUTH_MODE": "token"}
+        done = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT, env=env, timeout=120)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def deploy(self, deployment: dict[str, Any], timeout: float) -> None:
+        """`serve deploy` of the same file with other options of one deployment, to its end."""
+        config = yaml.safe_load(self.directory.serve_config.read_text())
+        config["applications"][0]["deployments"] = [deployment]
+        changed = self.directory.path / "changed.yaml"
+        changed.write_text(yaml.safe_dump(config))
+        self.serve("deploy", changed)
+
+        def settled() -> bool:
+            herd = yaml.safe_load(self.serve("status"))["applications"]["herd"]
+            states = herd["deployments"][deployment["name"]]["replica_states"]
+            return herd["status"] == "RUNNING" and states == {"RUNNING": deployment["num_replicas"]}
+
+        eventually(settled, timeout)
 
     def signal(self, number: int) -> None:
         """As Ctrl-C or `kill` on the `herd up` process."""

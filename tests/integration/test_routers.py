@@ -5,18 +5,16 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import yaml
-from integration.fleet import SERVE, Fleet, status
+from integration.fleet import Fleet, status
 from router_wire import connections, during, one_connection, post
-from support import ROOT, Holder, eventually
+from support import Holder, eventually
 
 from router.http.listener import listening
 from router.plan import document
@@ -116,29 +114,9 @@ def test_a_rolling_update_fails_no_request(whole: Fleet, replicas: int) -> None:
 
 
 def deploy(fleet: Fleet, routers: int, num_cpus: float = 0.0) -> None:
-    """`serve deploy` of the same file, with another router deployment, in Serve's own way; to its end."""
-    config = yaml.safe_load(fleet.directory.serve_config.read_text())
+    """Another router deployment, in Serve's own way."""
     options = {"name": "Router", "num_replicas": routers, "ray_actor_options": {"num_cpus": num_cpus}}
-    config["applications"][0]["deployments"] = [options]
-    changed = fleet.directory.path / "changed.yaml"
-    changed.write_text(yaml.safe_dump(config))
-    serve(fleet, "deploy", changed)
-
-    def settled() -> bool:
-        herd = yaml.safe_load(serve(fleet, "status"))["applications"]["herd"]
-        router = herd["deployments"]["Router"]
-        return herd["status"] == "RUNNING" and router["replica_states"] == {"RUNNING": routers}
-
-    eventually(settled, REPLACED_S)
-
-
-def serve(fleet: Fleet, command: str, *args: Path) -> str:
-    """One of Ray's own commands for operators."""
-    argv = [str(part) for part in (SERVE, command, "--address", fleet.record.dashboard, *args)]
-    env = {**os.environ, "RAY_AUTH_MODE": "token"}
-    done = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT, env=env, timeout=120)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    fleet.deploy(options, REPLACED_S)
 
 
 def test_a_killed_router_is_replaced_while_the_other_serves(whole: Fleet) -> None:
