@@ -59,8 +59,8 @@ Sight = tuple[View, Placement | None]
 JSON = (b"content-type", b"application/json")
 MODEL_PATH = "/v1/models/"
 MAX_REQUEST_ID = 128  # longer ones are not identifiers; they would end up in logs and engine ids
-# A request that had a replica, and lost it with all others, waits so long for one (seconds); a new one only as
-# long as a replica is being learnt, as when all are rolled.
+# A request that had a replica, and lost it with all others, waits so long for one (seconds); a new one only
+# while a replica is being learnt, as when all are rolled.
 PATIENCE_S, NEWCOMER_S = 30.0, 5.0
 
 
