@@ -35,6 +35,7 @@ from router.errors import (
     ConnectFailed,
     MethodNotAllowed,
     NoCapacity,
+    ReplyCut,
     ReplyFailed,
     UnknownModel,
     UnknownRoute,
@@ -49,6 +50,7 @@ from router.http.upstream import Exchange, Upstreams
 from router.keepers import Keepers
 from router.line import Lines
 from router.metrics import Metrics, ModelMetrics
+from router.overdue import Overdue
 from router.passage import Passage
 from router.tenants import Tenant, Tenants
 
@@ -128,6 +130,7 @@ class Relay:
         self._keepers = Keepers(fleet, watch)
         self._continuation = Continuation(config.continuation, caches.tokenizers)
         self._budget = RetryBudget()
+        self._overdue = Overdue(fleet, self._budget)
         self._lines = Lines(config.admission, config.slos, tenants.weights, fleet, metrics, peers)
         self.decisions = Decisions(config.policy, config.decisions, metrics.decisions)
         self.arrivals = Arrivals()
@@ -371,12 +374,20 @@ class Relay:
         self._placed(replica.id)
         decision.ttft_s = journey.flight.forecast.ttft_s
         try:
-            with await upstream.exchange(message) as exchange:
-                await self._pass_on(journey, decision, exchange)
+            async with asyncio.timeout(None) as patience:
+                if journey.keeper is None and not silent:
+                    self._overdue.wait(journey.flight, patience)
+                with await upstream.exchange(message) as exchange:
+                    await self._pass_on(journey, decision, exchange)
+        except TimeoutError:
+            failure = ReplyCut("nothing came of it for longer than the replica's load explains")
+            decision.failed(failure)
+            raise failure from None
         except BaseException as error:
             decision.failed(error)
             raise
         finally:
+            self._overdue.over(journey.flight)
             decision.ended(loop.time(), journey.reply.status)
             self._fleet.finished(journey.flight, loop.time(), _stream_tokens(journey))
             self._lines.freed(journey.call.model)
@@ -431,6 +442,7 @@ class Relay:
         if (ratio := journey.decision.first_output(now)) is not None:
             journey.metrics.ttft_ratio.observe(ratio)
         self._fleet.first_token(journey.flight, now)
+        self._overdue.over(journey.flight)
         self._lines.freed(journey.call.model)
         if journey.leg.rest is None:
             journey.metrics.ttft.observe(now - journey.request.received_at)

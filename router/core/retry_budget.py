@@ -38,13 +38,17 @@ class RetryBudget:
 
     def take(self, now: float) -> bool:
         """Spends one try, if there is one."""
+        if not self.left(now):
+            return False
+        self._second(now).retries += 1
+        return True
+
+    def left(self, now: float) -> bool:
+        """Whether there is one."""
         second = self._second(now)
         lately = [s for s in self._ring if s.at > second.at - WINDOW_S]
         budget = LEAST + SHARE * sum(s.requests for s in lately) + BURSTS * max(s.largest for s in lately)
-        if sum(s.retries for s in lately) + 1 > budget:
-            return False
-        second.retries += 1
-        return True
+        return sum(s.retries for s in lately) + 1 <= budget
 
     def _second(self, now: float) -> _Second:
         at = int(now)
