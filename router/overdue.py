@@ -1,8 +1,8 @@
 """Requests of which nothing comes though their replica is well: they are taken elsewhere.
 
-That their replica is busy is no reason: they wait for a multiple of what its step model predicts, once that has
-seen enough, and another replica must have room. The slow try is ended before the next one begins, so no engine
-computes a request twice.
+That their replica is busy is no reason: they wait for a multiple of what its step model predicts, once that
+has seen enough, and another replica must have room. The slow try is ended before the next one begins, so no
+engine computes a request twice.
 """
 
 from __future__ import annotations
