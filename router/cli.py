@@ -242,6 +242,13 @@ def record(file: Path, seconds: float | None, port: int, run_dir: Path | None) -
     help="Where a model has its tokenizer and chat template.  [default: as its engines say, if it is here]",
 )
 @click.option(
+    "--continuation",
+    type=click.Choice(["exact", "off"]),
+    default="exact",
+    show_default=True,
+    help="Whether streams go on at another replica when theirs fails.",
+)
+@click.option(
     "--processes",
     type=click.IntRange(min=1),
     default=1,
@@ -260,6 +267,7 @@ def route(
     policy: str | None,
     aliases: tuple[str, ...],
     sources: tuple[str, ...],
+    continuation: str,
     processes: int,
     api_keys: tuple[str, ...],
     api_keys_file: Path | None,
@@ -271,12 +279,14 @@ def route(
     With several processes SIGHUP replaces them, one after the other, without losing a connection.
     """
     from router.route import run, stands_for, tokenizers
+    from router.tokenizer_config import ANY
 
     settings = {
         **listen,
         "replicas": processes,
         "aliases": stands_for(aliases),
         "tokenizers": tokenizers(sources),
+        "continuation": {ANY: continuation},
         "tenants": _tenants(api_keys, api_keys_file),
         "admin_key": _hash(admin_key),
     }
