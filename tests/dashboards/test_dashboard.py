@@ -101,8 +101,11 @@ def trouble(front: Server, engines: list[Server]) -> None:
     with stream(front, model, max_tokens=300) as leaving:
         next(leaving.iter_lines())
     with ThreadPoolExecutor(len(engines)) as pool:
-        # Each of another herd: the same prompt would go where it is cached, and so to one replica.
-        streams = [pool.submit(chat, front, model, 300, f"of engine {n}") for n in range(len(engines))]
+        # Each of another herd: the same prompt would go where it is cached, and so to one replica. With a seed
+        # no stream goes on elsewhere.
+        streams = [
+            pool.submit(chat, front, model, 300, f"of engine {n}", seed=n) for n in range(len(engines))
+        ]
         eventually(lambda: streaming(front))
         engines[0].running.kill()
         assert any(b"[DONE]" not in s.result() for s in streams)
@@ -112,18 +115,19 @@ def trouble(front: Server, engines: list[Server]) -> None:
         assert b"[DONE]" in chat(front, model, max_tokens=8)
 
 
-def chat(front: Server, model: str, max_tokens: int, which: str = "of ours") -> bytes:
-    with stream(front, model, max_tokens, which) as response:
+def chat(front: Server, model: str, max_tokens: int, which: str = "of ours", **more: Any) -> bytes:
+    with stream(front, model, max_tokens, which, **more) as response:
         return response.read()
 
 
-def stream(front: Server, model: str, max_tokens: int, which: str = "of ours") -> Any:
+def stream(front: Server, model: str, max_tokens: int, which: str = "of ours", **more: Any) -> Any:
     body = {
         "model": model,
         "messages": [{"role": "user", "content": f"Of the herd {which}: how many are sheep? " * 20}],
         "max_tokens": max_tokens,
         "stream": True,
         "ignore_eos": True,
+        **more,
     }
     return httpx.stream("POST", f"{front.url}/v1/chat/completions", json=body, timeout=30, verify=False)
 
