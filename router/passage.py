@@ -98,8 +98,8 @@ class Passage:
 
     @property
     def stream(self) -> EventStream | Spliced | None:
-        """The stream of tokens that this is, as far as it has come."""
-        return self._reading if isinstance(self._reading, EventStream | Spliced) else None
+        """The stream of tokens that this is, as far as it has come; a rest, even if nothing of it has."""
+        return self._reading if isinstance(self._reading, EventStream | Spliced) else self._rest
 
     @property
     def events(self) -> int:
@@ -168,7 +168,9 @@ class Passage:
         finally:
             self._note_stream(reading)
         if reading.error is not None:
-            raise ReplyFailed(f"it failed in its stream: {_excerpt(reading.error)}", event=reading.error)
+            status = 400 if is_refusal(reading.error) else 500
+            told = f"it failed in its stream: {_excerpt(reading.error)}"
+            raise ReplyFailed(told, status, event=reading.error)
         if reading.broken:
             raise ReplyCut("the replica ended its stream without saying that it is whole")
         self._reply.end()

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from math import inf
 from random import getrandbits
 from typing import Any
 from urllib.parse import unquote
@@ -85,6 +86,7 @@ class Journey:
     leg: Leg = field(init=False)
     tries: int = 0
     waited_s: float = 0.0  # in line
+    cached_tokens: int = 0  # of the prompt, where the reply began
     decision: Decision | None = None
     flight: Flight | None = None
     passage: Passage | None = None
@@ -252,17 +254,20 @@ class Relay:
             journey.asked = journey.leg = Leg(journey.call, await self._tokenizers.read(journey.call))
         tried: frozenset[str] = frozenset()
         failure: UpstreamError | None = None
+        until = inf
         loop = asyncio.get_running_loop()
         seen = await self._turn(journey, key) if journey.keeper is None else None
         while True:
             decision = self._place(journey, *(seen or self._look(journey, key, tried, loop.time())))
             seen = None
             if decision is None:
-                if not await self._comes(journey.call.model, failure):
+                until = min(until, loop.time() + (NEWCOMER_S if failure is None else PATIENCE_S))
+                if not await self._comes(journey.call.model, failure, until - loop.time()):
                     self._give_up(journey, failure)
                     return
                 tried = frozenset()
                 continue
+            until = inf
             try:
                 await self._try(journey, decision)
                 self._watch.answered(decision.standing.id)
@@ -274,11 +279,11 @@ class Relay:
                 return
             tried |= {decision.standing.id}
 
-    async def _comes(self, model: str, failure: UpstreamError | None) -> bool:
-        """Whether a replica comes for a request that has none, in the time that it waits for one."""
-        if failure is None and not self._watch.expecting:
+    async def _comes(self, model: str, failure: UpstreamError | None, within_s: float) -> bool:
+        """Whether a replica comes in time for a request that has none."""
+        if within_s <= 0 or (failure is None and not self._watch.expecting):
             return False
-        return await self._watch.comes(model, PATIENCE_S if failure is not None else NEWCOMER_S)
+        return await self._watch.comes(model, within_s)
 
     async def _turn(self, journey: Journey, key: int | None) -> Sight:
         """Waits until there is room for the request. What was seen then is to be acted on at once."""
@@ -329,10 +334,10 @@ class Relay:
 
     def _continues(self, journey: Journey, failure: UpstreamError) -> bool:
         """Whether a stream that broke goes on at another replica. If not, the client has its end."""
-        passage, flight = journey.passage, journey.flight
-        assert passage is not None and flight is not None
+        passage = journey.passage
+        assert passage is not None
         try:
-            onward = self._continuation.onward(journey.asked, passage.stream, flight.cached.tokens)
+            onward = self._continuation.onward(journey.asked, passage.stream, journey.cached_tokens)
         except NotContinuable as why:
             log.warning("request %s cannot go on elsewhere: %s", journey.request_id.decode("latin-1"), why)
             journey.metrics.continuations["impossible"].inc()
@@ -371,6 +376,8 @@ class Relay:
             self._metrics.overhead.observe(loop.time() - journey.request.received_at - journey.waited_s)
         prompt, silent = journey.leg.reading.prompt, not journey.call.stream
         journey.flight = self._fleet.started(replica.id, loop.time(), prompt, decision.cached, silent=silent)
+        if journey.leg.rest is None:
+            journey.cached_tokens = decision.cached.tokens
         self._placed(replica.id)
         decision.ttft_s = journey.flight.forecast.ttft_s
         try:
@@ -455,7 +462,7 @@ class Relay:
             case ConnectFailed():
                 metrics.retries["connect"].inc()
                 self._watch.unreachable(replica_id)
-            case ReplyFailed(status=503) | ReplyFailed(status=400):
+            case ReplyFailed() if failure.status == 503 or failure.status < 500:
                 metrics.retries["failed"].inc()  # full, or right: no fault of the replica
             case ReplyFailed():
                 metrics.retries["failed"].inc()

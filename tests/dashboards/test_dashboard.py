@@ -101,8 +101,8 @@ def trouble(front: Server, engines: list[Server]) -> None:
     with stream(front, model, max_tokens=300) as leaving:
         next(leaving.iter_lines())
     with ThreadPoolExecutor(len(engines)) as pool:
-        # Each of another herd: the same prompt would go where it is cached, and so to one replica. With a seed
-        # no stream goes on elsewhere.
+        # Each of another herd: the same prompt would go where it is cached, and so to one replica. With a
+        # seed no stream goes on elsewhere.
         streams = [
             pool.submit(chat, front, model, 300, f"of engine {n}", seed=n) for n in range(len(engines))
         ]

@@ -160,6 +160,17 @@ async def test_a_stop_string_is_found_wherever_the_stream_was_cut(engines: list[
         assert continued(front) >= 10
 
 
+async def test_one_that_fails_the_rest_is_no_end(engines: list[Server]) -> None:
+    """Whichever is asked first, the other one has no word for the rest, or none for the beginning."""
+    async with fleet_of(engines) as front:
+        members = SAY | {"max_tokens": 60, "stream_options": {"include_usage": True}}
+        calm = summed(await events_of(front, CHAT, members))
+        for cut, failing in (engines, engines[::-1]):
+            fault([cut], kind="cut", after_chunks=10)
+            fault([failing], kind="status", status=500)
+            alike(calm, summed(await events_of(front, CHAT, members)))
+
+
 @pytest.mark.parametrize(
     "members",
     [
