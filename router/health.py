@@ -30,7 +30,7 @@ PROBE_DOWN_S = 0.25
 # One that serves is asked seldom: its own requests show at once when it dies.
 PROBE_READY_S = 5.0
 # One that fell silent, or fails what it is asked, has to answer sooner.
-PROBE_SUSPECT_S = 1.0
+PROBE_SUSPECT_S = 2.0
 # A token may take as long as predicted so many times, and at least so many seconds.
 TOKEN_TIMES, TOKEN_S = 5.0, 2.0
 # So many requests in a row that a replica fails itself are no chance, nor one bad request.
@@ -132,7 +132,7 @@ class Observer(Protocol):
 class Watch:
     """Follows every announced replica: brings it into the fleet, marks it down and up again.
 
-    `cut`: ends all connections to the engine at a URL, since it is given up.
+    `cut`: ends all connections to the engine at a URL, which is given up for others.
     """
 
     def __init__(
@@ -227,7 +227,8 @@ class Watch:
         assert standing is not None
         self._metrics.of(standing.replica.models[0]).replica_failures.inc()
         log.warning("replica %s does not answer at %s", replica_id, standing.replica.url)
-        self._cut(standing.replica.url)
+        if self._fleet.view(standing.replica.models[0]).replicas:
+            self._cut(standing.replica.url)  # what goes on elsewhere; else it may still come to itself
         self.suspect(replica_id)
 
     @property

@@ -14,8 +14,8 @@ from router.http.upstream import Upstreams
 
 LOOK_S = 0.25
 # Silence is odd after so many times the time within which something was to be heard, and so many seconds.
-# The probe that then has to be answered takes a second more.
-TIMES, LEAST_S = 5.0, 1.0
+# The probe that then has to be answered takes two seconds more (health.PROBE_SUSPECT_S).
+TIMES, LEAST_S = 5.0, 1.5
 
 
 class Silence:
