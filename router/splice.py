@@ -130,7 +130,7 @@ class Spliced:
         origin = self.told.origin
         chunk |= {"id": origin.id, "created": origin.created, "model": origin.model}
         if usage := chunk.get("usage"):
-            count = self.seam.kept + usage.get("completion_tokens", 0)
+            count = self.seam.kept + (usage.get("completion_tokens") or 0)
             chunk["usage"] = usage | self.told.usage(count)
         if not chunk["choices"]:
             return event_of(chunk) if self.keep_usage else b""
