@@ -99,7 +99,7 @@ def test_what_breaks_is_a_failure(start, kind, said):
 
 def test_a_stream_that_the_router_breaks_off_is_a_failure(start):
     engine = simulated_engine(start)
-    front = router(start, engine)
+    front = router(start, engine, flags=("--continuation", "off"))
     fault(engine.url, kind="cut", after_chunks=3)
     code, rows, output = locust(start, front.url)
     assert code == 1
