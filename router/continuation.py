@@ -7,14 +7,14 @@ does not, since the output so far is the next engine's prompt.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import msgspec
 
 from router.core.blocks import TOKEN_BYTES, Prompt
-from router.core.continuation import Stops, seam
+from router.core.continuation import BROKEN, Stops, seam
 from router.http.sse import EventStream
 from router.openai_api import Call
 from router.prompts import UNREAD, Reading, pack
@@ -26,6 +26,8 @@ from router.tokenizer_config import ANY
 Mode = Literal["exact", "off"]
 # vLLM's default for completions; a chat goes on to the end of its context.
 COMPLETION_TOKENS = 16
+# So much of a prompt decides how the text behind it begins.
+CONTEXT_TOKENS = 8
 COMPLETIONS = "/v1/completions"
 OBJECTS = {COMPLETIONS: "text_completion", "/v1/chat/completions": "chat.completion.chunk"}
 
@@ -125,27 +127,35 @@ class Continuation:
         if stream is None or stream.transcript is None or asked.reading.prompt is None:
             raise NotContinuable("it was not noted")
         told = _told(stream, asked.reading.prompt, cached_tokens)
-        if stream.transcript.finished:
+        sampling = _sampling(asked.call)
+        if stream.transcript.finished and (sampling.n or 1) == 1:
             return closing(told, OBJECTS[asked.call.family.path], asked.call.wants_usage)
-        return self._leg(asked, stream, told)
+        if why := sampling.obstacle or stream.transcript.parsed:
+            raise NotContinuable(why)
+        return self._leg(asked, asked.reading.prompt, told, sampling)
 
-    def _leg(self, asked: Leg, stream: Stream, told: Told) -> Leg:
-        call, sampling = asked.call, _sampling(asked.call)
-        decode = self._tokenizers.decoder(call.model)
-        if decode is None or (why := sampling.obstacle or stream.transcript.parsed):
-            raise NotContinuable("its tokenizer is gone" if decode is None else why)
-        most = sampling.most(call.family.path == COMPLETIONS)
-        skip = sampling.skip_special_tokens is not False
-        found = seam(
-            told.ids,
-            told.text,
-            lambda ids: decode(ids, skip),
-            sampling.stops,
-            len(told.ids) if most is None else most - 1,
-        )
-        prompt = _longer(asked.reading.prompt, told.ids[: found.kept])
+    def _leg(self, asked: Leg, prompt: Prompt, told: Told, sampling: Sampling) -> Leg:
+        call, most = asked.call, sampling.most(asked.call.family.path == COMPLETIONS)
+        last = len(told.ids) if most is None else most - 1
+        found = seam(told.ids, told.text, self._decode(call, prompt, sampling), sampling.stops, last)
+        if found.again and sampling.temperature != 0:
+            raise NotContinuable("what it would say again is drawn by chance")
+        prompt = _longer(prompt, told.ids[: found.kept])
         rest = Spliced(told, found, call.wants_ids, call.wants_usage)
         return Leg(_rest(call, sampling, found.kept), Reading(prompt, sendable=True, exact=True), rest)
+
+    def _decode(self, call: Call, prompt: Prompt, sampling: Sampling) -> Callable[[Sequence[int]], str]:
+        """What makes text of output ids. It is read behind the prompt's end, as some tokenizers drop a space
+        at a text's beginning; of a tool call that may have begun its marks are shown."""
+        decode = self._tokenizers.decoder(call.model)
+        if decode is None or prompt.token_ids is None:
+            raise NotContinuable("its tokenizer is gone")
+        skip = sampling.skip_special_tokens is not False and "tools" not in call.fields
+        tail = memoryview(prompt.token_ids).cast("I").tolist()[-CONTEXT_TOKENS:]
+        before = decode(tail, skip)
+        if before.endswith(BROKEN):
+            return lambda ids: decode(ids, skip)
+        return lambda ids: decode([*tail, *ids], skip)[len(before) :]
 
 
 def _told(stream: Stream, prompt: Prompt, cached_tokens: int) -> Told:

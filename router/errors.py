@@ -12,6 +12,7 @@ HerdError
     ConnectFailed          nothing was sent
     ReplyCut               the replica closed before its reply was whole
     ReplyFailed            the replica said that it failed
+    Diverged               the rest of a stream does not fit to what its client has
   ApiError                 what a client is told, with status, type and code
     BadRequest             400
     Unauthorized           401
@@ -80,6 +81,10 @@ class ReplyFailed(UpstreamError):
         self.status = status
         self.event = event
         self.answer = answer
+
+
+class Diverged(UpstreamError):
+    """The rest of a stream does not fit to what its client has; that is no fault of the replica."""
 
 
 class ApiError(HerdError):

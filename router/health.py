@@ -195,12 +195,14 @@ class Watch:
             self.suspect(replica_id)
 
     def failing(self, replica_id: str) -> None:
-        """It answered a request with a failure of its own. After some in a row it gets nothing more."""
+        """It answered a request with a failure. After some in a row others come first, until it generates;
+        the fault may be the requests'."""
+        if replica_id not in self._followers:
+            return
         self._failures[replica_id] += 1
         if self._failures[replica_id] >= FAILURES:
-            self.unreachable(replica_id)
-        else:
-            self.suspect(replica_id)
+            self._fleet.suspected(replica_id, self._now())
+        self.suspect(replica_id)
 
     def answered(self, replica_id: str) -> None:
         """It answered a request."""
@@ -219,15 +221,15 @@ class Watch:
                 return True
         return False
 
-    def unreachable(self, replica_id: str) -> None:
-        """The replica cannot be reached: it gets nothing more until it answers."""
+    def unreachable(self, replica_id: str, cut: bool = False) -> None:
+        """The replica cannot be reached: it gets nothing more until it answers. `cut`: nor is it heard."""
         if not self._fleet.failed(replica_id, self._now()):
             return
         standing = self._fleet.get(replica_id)
         assert standing is not None
         self._metrics.of(standing.replica.models[0]).replica_failures.inc()
         log.warning("replica %s does not answer at %s", replica_id, standing.replica.url)
-        if self._fleet.view(standing.replica.models[0]).replicas:
+        if cut and self._fleet.view(standing.replica.models[0]).replicas:
             self._cut(standing.replica.url)  # what goes on elsewhere; else it may still come to itself
         self.suspect(replica_id)
 
@@ -251,7 +253,7 @@ class Watch:
             await self._pause(endpoint.id)
             down = self._down(endpoint.id)
             if not await self._well(endpoint):
-                self.unreachable(endpoint.id)
+                self.unreachable(endpoint.id, cut=True)
             elif down:
                 await self._admit(endpoint)  # what answers there may be another engine than before
             else:

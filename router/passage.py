@@ -136,10 +136,11 @@ class Passage:
         """The client has part of the reply: say that the rest is missing."""
         self._metrics.truncated.inc()
         self._reply.close_after()
-        if self._reading is None:
+        reading = self._reading or self._rest
+        if reading is None:
             self._reply.abort()
             return
-        self._reply.write(self._ending(error, self._reading))
+        self._reply.write(self._ending(error, reading))
         self._reply.end()
 
     def _ending(self, error: UpstreamError, reading: Reading) -> bytes:
@@ -220,7 +221,9 @@ class Passage:
         await self._exchange.body(parts.append)
         body, head = b"".join(parts), self._exchange.head
         message = f"it answered HTTP {head.status}: {_excerpt(body)}"
-        raise ReplyFailed(message, head.status, answer=(self._returned(), body))
+        # What another engine says of the rest of a stream is not about the client's request.
+        status = head.status if self._rest is None else 503
+        raise ReplyFailed(message, status, answer=(self._returned(), body))
 
     def _spill(self, parts: list[bytes]) -> None:
         """Passes on what was held, from the beginning."""

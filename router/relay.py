@@ -34,6 +34,7 @@ from router.decisions import Decision, Decisions
 from router.errors import (
     ApiError,
     ConnectFailed,
+    Diverged,
     MethodNotAllowed,
     NoCapacity,
     ReplyCut,
@@ -262,7 +263,8 @@ class Relay:
             seen = None
             if decision is None:
                 until = min(until, loop.time() + (NEWCOMER_S if failure is None else PATIENCE_S))
-                if not await self._comes(journey.call.model, failure, until - loop.time()):
+                answered = isinstance(failure, ReplyFailed) and not journey.reply.started
+                if answered or not await self._comes(journey.call.model, failure, until - loop.time()):
                     self._give_up(journey, failure)
                     return
                 tried = frozenset()
@@ -274,6 +276,7 @@ class Relay:
                 return
             except UpstreamError as error:
                 failure = error
+            self._budget.lost(decision.standing.in_flight + 1, loop.time())
             self._blame(decision.standing.id, failure, journey.metrics)
             if not self._goes_on(journey, failure):
                 return
@@ -319,6 +322,7 @@ class Relay:
     def _goes_on(self, journey: Journey, failure: UpstreamError) -> bool:
         """After a failure: whether another replica is to be tried. If not, the client has been told."""
         refused = isinstance(failure, ReplyFailed) and failure.status < 500
+        refused = refused or isinstance(failure, Diverged)
         if journey.keeper is not None and not journey.reply.started:
             self._keepers.place(journey.keeper, journey.call.model)  # raises if it is down by now
         if refused or journey.keeper is not None:
@@ -462,6 +466,8 @@ class Relay:
             case ConnectFailed():
                 metrics.retries["connect"].inc()
                 self._watch.unreachable(replica_id)
+            case Diverged():
+                metrics.retries["failed"].inc()
             case ReplyFailed() if failure.status == 503 or failure.status < 500:
                 metrics.retries["failed"].inc()  # full, or right: no fault of the replica
             case ReplyFailed():
@@ -505,7 +511,8 @@ def _usage(journey: Journey) -> Usage:
         return Usage()
     if passage.usage is not None:
         return passage.usage if journey.leg.rest is None else journey.leg.rest.whole(passage.usage)
-    events = passage.events if journey.call.stream else 0
+    kept = journey.leg.rest.seam.kept if journey.leg.rest is not None else 0
+    events = passage.events + kept if journey.call.stream else 0
     return Usage(prompt.num_tokens if prompt and events else 0, events)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from router.core.continuation import Seam
-from router.errors import ReplyFailed
+from router.errors import Diverged
 from router.http.sse import EventStream, PromptTokensDetails, Shortcut, Splitter, Usage
 from router.http.transcript import Origin, Transcript
 
@@ -92,6 +92,8 @@ class Spliced:
     @property
     def token_ids(self) -> list[int]:
         """Of the whole output so far."""
+        if self._tokens_again:
+            return self.told.ids
         return self.told.ids[: self.seam.kept] + self._stream.token_ids
 
     @property
@@ -115,7 +117,7 @@ class Spliced:
     # -- on its way
 
     def feed(self, data: bytes) -> bytes:
-        """Whole events out. Raises StreamTooLong, and ReplyFailed where it goes on with another text."""
+        """Whole events out. Raises StreamTooLong, and Diverged where it goes on with another text."""
         out = [self._stream.feed(event) for event in self._splitter.feed(data)]
         return b"".join([self._edited(event) for event in out if event])
 
@@ -148,6 +150,8 @@ class Spliced:
             choice["token_ids"] = ids[known:]
         logprobs = self._edit_logprobs(choice, known)
         text = self._edit_text(choice)
+        if self._again and choice.get("finish_reason"):
+            raise Diverged("it ends before it has said what the client has")
         return bool(text or logprobs or choice.get("finish_reason") or choice.get("token_ids"))
 
     def _edit_text(self, choice: dict[str, Any]) -> bool:
@@ -161,7 +165,7 @@ class Spliced:
         """What of the engine's text is new; before it what the client lacks."""
         known = min(len(text), len(self._again))
         if text[:known] != self._again[:known]:
-            raise ReplyFailed("it goes on with another text than the client has")
+            raise Diverged("it goes on with another text than the client has")
         self._again = self._again[known:]
         ahead, self._ahead = self._ahead, ""
         return ahead + text[known:]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 BROKEN = "\ufffd"
 # So many tokens are looked back, and one for each character that may be held back. Four bytes are one
 # character; what is further behind is not text that an engine is about to send.
-LOOK_BACK = 16
+LOOK_BACK, MOST_BACK = 16, 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +64,15 @@ def seam(
     `ids`: all that were generated. `sent`: the text that the client has. Where the text does not follow from
     the tokens (a parser took some of it), that is the very beginning.
     """
-    since = 0 if stops.shown else len(sent)
+    since = max(0, len(sent) - stops.longest + 1) if stops.shown and stops.strings else len(sent)
     last = min(len(ids), most)
-    for kept in range(last, max(0, last - LOOK_BACK - stops.longest), -1):
+    for kept in range(last, max(0, last - min(MOST_BACK, LOOK_BACK + stops.longest)), -1):
         text = decode(ids[:kept])
-        if text.endswith(BROKEN) or stops.begin_in(text, since):
+        if text.endswith(BROKEN):
+            continue
+        if not (text.startswith(sent) or sent.startswith(text)):
+            break
+        if stops.begin_in(text, since):
             continue
         if text.startswith(sent) and len(text) - len(sent) <= stops.held_back:
             return Seam(kept, ahead=text[len(sent) :])

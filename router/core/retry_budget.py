@@ -36,6 +36,11 @@ class RetryBudget:
         second.requests += 1
         second.largest = max(second.largest, in_flight)
 
+    def lost(self, in_flight: int, now: float) -> None:
+        """A replica failed one of so many, which may be about to fail all."""
+        second = self._second(now)
+        second.largest = max(second.largest, in_flight)
+
     def take(self, now: float) -> bool:
         """Spends one try, if there is one."""
         if not self.left(now):

@@ -97,6 +97,11 @@ class Connection(asyncio.Protocol):
         """Ends the connection; whatever it was at is aborted."""
         self._transport.abort()
 
+    def cut(self) -> None:
+        """The same, and what it was at is not whole, even if its end would be the connection's."""
+        self._reset = True
+        self.drop()
+
     def pause_reading(self) -> None:
         """The client is slow: let the engine's bytes wait in its socket."""
         self.paused = True
@@ -127,7 +132,7 @@ class Connection(asyncio.Protocol):
             self._read_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._lost, self._reset = True, exc is not None
+        self._lost, self._reset = True, self._reset or exc is not None
         self._pool.forget(self)
         if self._head is not None and not self._head.done():
             self._head.set_exception(ReplyCut("the replica closed the connection before it replied"))
@@ -304,7 +309,7 @@ class Upstream:
         """Ends all connections now: nothing more is expected of the replica."""
         self._cuts += 1
         for connection in (*self.busy, *self._idle):
-            connection.drop()
+            connection.cut()
 
     def close(self) -> None:
         """Ends idle connections now, those in use with their exchange."""

@@ -21,6 +21,15 @@ def test_a_share_of_the_traffic_and_what_a_dying_replica_had_twice():
     assert taken(budget, 5.5) == LEAST + SHARE * 100 + BURSTS * 30
 
 
+def test_old_streams_of_a_replica_that_dies_may_all_go_on():
+    budget = RetryBudget()
+    for _ in range(200):
+        budget.placed(in_flight=200, now=0.0)
+    for left in range(200, 0, -1):
+        budget.lost(left, now=30.0)
+        assert budget.take(30.0)
+
+
 def test_what_is_long_ago_does_not_count():
     budget = RetryBudget()
     budget.placed(in_flight=30, now=0.0)
