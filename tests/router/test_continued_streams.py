@@ -65,6 +65,11 @@ def fault(engines: list[Server], **told: Any) -> None:
         assert httpx.post(f"{engine.url}/faults", json=told, trust_env=False).status_code == 201
 
 
+def faults(engine: Server) -> list[Any]:
+    """Those that have not struck yet."""
+    return list(httpx.get(f"{engine.url}/faults", trust_env=False).json())
+
+
 async def events_of(front: FrontDoor, path: str, members: dict[str, Any]) -> list[Any]:
     """The events of a stream, decoded; `[DONE]` and broken connections as words."""
     body = {"model": "herd-demo", "stream": True, "temperature": 0, **members}
@@ -205,7 +210,7 @@ async def test_before_the_first_word_another_is_asked(engines: list[Server], tol
         for engine in engines:
             fault([engine], **told)
             for number in count():
-                if not httpx.get(f"{engine.url}/faults", trust_env=False).json():
+                if not faults(engine):
                     break  # it has struck
                 messages = [{"role": "user", "content": f"Tell {number} of {engine.url}"}]
                 members = {"messages": messages, "max_tokens": 20, "seed": 4, "temperature": 1}
