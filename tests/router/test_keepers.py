@@ -3,7 +3,7 @@ from support import free_port
 
 from router import keepers
 from router.core.fleet import Fleet, Replica
-from router.errors import BadRequest, NoCapacity, ResponseNotFound, UpstreamBroken
+from router.errors import BadRequest, NoCapacity, ResponseNotFound
 from router.health import Endpoint, Watch
 from router.keepers import Keepers
 from router.metrics import Metrics
@@ -11,7 +11,6 @@ from router.openai_api import FAMILIES, STORED, Call, Kept
 from router.responses_api import new_id
 
 RESPONSES = FAMILIES["/v1/responses"]
-NONE = frozenset()
 
 
 def fleet_of(**models):
@@ -102,7 +101,7 @@ async def test_a_replica_that_is_announced_is_not_lost():
     try:
         assert kept.of(asks(new_id("b"))) == "b"
         with pytest.raises(NoCapacity) as raised:
-            kept.place("b", "m", NONE)
+            kept.place("b", "m")
         assert raised.value.retry_after
         with pytest.raises(NoCapacity):
             kept.model_of(new_id("b"))
@@ -117,14 +116,11 @@ def test_nothing_is_called_lost_before_a_replica_of_the_model_has_joined():
 
 def test_there_is_one_place_or_none():
     fleet, kept = fleet_of(a="m", b="m")
-    assert kept.place("a", "m", NONE).standing.id == "a"
-    with pytest.raises(UpstreamBroken):
-        kept.place("a", "m", frozenset({"a"}))
+    assert kept.place("a", "m").standing.id == "a"
     with pytest.raises(BadRequest, match="does not serve 'other'") as wrong:
-        kept.place("a", "other", NONE)
+        kept.place("a", "other")
     assert wrong.value.param == "previous_response_id"
     fleet.failed("a", now=0.0)
-    for tried in (NONE, frozenset({"a"})):
-        with pytest.raises(NoCapacity) as raised:
-            kept.place("a", "m", tried)
-        assert raised.value.retry_after
+    with pytest.raises(NoCapacity) as raised:
+        kept.place("a", "m")
+    assert raised.value.retry_after
