@@ -132,7 +132,8 @@ async def test_ten_rolling_restarts_lose_no_connection(start: Start, engine: str
     assert new.keys() == {"answered"}
     assert new["answered"] > 500 * 0.8 * sum(took)
     assert sum(kept, Counter()).keys() == {"answered", "connections"}
-    assert [member.admin_port for member in it.members] == [it.admin_port, it.admin_port + 1]
+    ports = [it.admin_port, it.admin_port + 1]
+    eventually(lambda: [member.admin_port for member in it.members] == ports, REPLACED_S)
     assert [len(member.listeners) for member in it.members] == [1, 1]
 
 
