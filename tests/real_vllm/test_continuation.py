@@ -1,4 +1,7 @@
-"""Streams outlive real vLLM engines: killed while fifty streams run, nobody notices."""
+"""Streams outlive real vLLM engines: killed while ten streams run, nobody notices.
+
+Two kills by default, as an engine takes half a minute to come back; HERD_KILLS=5 is fifty streams over five.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ pytestmark = [
     pytest.mark.timeout(900),
 ]
 
-KILLS, STREAMS = 5, 10
+KILLS, STREAMS = int(os.environ.get("HERD_KILLS", "2")), 10
 TOKENS = 160
 TRUST_S, DOWN_S = 120.0, 60.0
 ARGS = {"max-model-len": 2048, "block-size": 32}
@@ -134,7 +137,7 @@ async def said(client: httpx.AsyncClient, url: str, number: int) -> dict[str, An
     return {"text": text, "ids": ids, "finish": finish, "usage": counts}
 
 
-def test_fifty_streams_over_five_kills(fleet: Fleet) -> None:
+def test_streams_outlive_their_engines(fleet: Fleet) -> None:
     numbers = range(STREAMS)
 
     async def all_of_them(client: httpx.AsyncClient) -> list[dict[str, Any]]:
