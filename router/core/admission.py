@@ -208,7 +208,8 @@ class Line(Generic[T]):
     """Everyone who waits for a replica of one model, at one router.
 
     `tpot_s`: how often the model's streams are to get a token; inf where nobody says. `weights`: of tenants,
-    1 for others. `routers`: how many there are that fill the same replicas.
+    1 for others. `routers`: how many there are that fill the same replicas. `came`, `came_tokens`,
+    `went_tokens`: requests so far, what is to be computed of them, and of those of them that went.
     """
 
     def __init__(
@@ -220,6 +221,7 @@ class Line(Generic[T]):
     ) -> None:
         self.routers = 1
         self.tokens = 0
+        self.came = self.came_tokens = self.went_tokens = 0
         self._bounds = bounds
         self._tpot_s = tpot_s
         self._weights = weights
@@ -243,6 +245,7 @@ class Line(Generic[T]):
     def enter(self, ticket: T, now: float) -> list[T]:
         """A request comes. Returns who is refused for it: itself, or others that are worth less."""
         ticket.number = next(self._numbers)
+        self._came(ticket)
         self._add(ticket, late=now > ticket.due)
         refused: list[T] = []
         while len(self) > self._bounds.max_waiting or self.tokens > self._bounds.max_waiting_tokens:
@@ -282,7 +285,8 @@ class Line(Generic[T]):
         room = None if self._turns else self._room(placement.standing, now)
         if room is None or not self._fits(room, self._weight(ticket, now)):
             return False
-        self._served.add(ticket.cost, now)
+        self._came(ticket)
+        self._went(ticket, now)
         return True
 
     def next(self, standings: Sequence[Standing], now: float) -> Release[T] | None:
@@ -305,7 +309,7 @@ class Line(Generic[T]):
             view, placement = ticket.look(now)
             if placement is not None and placement.standing.id in fit:
                 self._remove(ticket, served=True)
-                self._served.add(ticket.cost, now)
+                self._went(ticket, now)
                 return Release(ticket, view, placement)
         self._vain = (now, rooms.keys(), [ticket.number for ticket in first])
         return None
@@ -353,6 +357,14 @@ class Line(Generic[T]):
         return room.step_s + weight * room.prefill_s < self._tpot_s
 
     # -- keeping the books
+
+    def _came(self, ticket: T) -> None:
+        self.came += 1
+        self.came_tokens += ticket.cost
+
+    def _went(self, ticket: T, now: float) -> None:
+        self.went_tokens += ticket.cost
+        self._served.add(ticket.cost, now)
 
     def _first(self) -> list[T]:
         found: list[T] = []

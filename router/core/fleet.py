@@ -105,6 +105,16 @@ NO_LOAD = Load()
 
 
 @dataclass(slots=True)
+class Tally:
+    """What was counted of a model's replicas, whichever they were: seconds of prefill that were promised,
+    answers that ended, and their tokens."""
+
+    prefill_s: float = 0.0
+    ended: int = 0
+    output: int = 0
+
+
+@dataclass(slots=True)
 class Standing:
     """How a replica stands at this moment; policies read it, only the Fleet writes it.
 
@@ -112,11 +122,12 @@ class Standing:
     `judged`: its trust was looked into, which a router does only for those whose caches it is to know.
     `takes_ids`: its engine renders and tokenises as the router does, so the router's token ids may be sent.
     `streams`: those in flight that are heard of before their end. `elsewhere`: what the other routers have
-    there.
+    there. `tally`: of all that serve its model.
     """
 
     replica: Replica
     steps: StepModel = field(default_factory=StepModel.of)
+    tally: Tally = field(default_factory=Tally)
     bit: int = 0
     state: State = State.READY
     since: float = 0.0
@@ -302,6 +313,7 @@ class Fleet:
 
     index: KVIndex = field(default_factory=KVIndex)
     _standings: dict[str, Standing] = field(default_factory=dict)
+    _tallies: defaultdict[str, Tally] = field(default_factory=lambda: defaultdict(Tally))
     _ready: dict[str, tuple[tuple[Standing, ...], tuple[Standing, ...]]] = field(default_factory=dict)
     _share: frozenset[str] | None = None
     _turns: int = 0
@@ -314,7 +326,8 @@ class Fleet:
         known = self._standings.get(replica.id)
         if known is None:
             steps = StepModel.of(replica.engine)
-            self._standings[replica.id] = Standing(replica, steps, self.index.join(), since=now)
+            tally = self._tallies[replica.models[0]]
+            self._standings[replica.id] = Standing(replica, steps, tally, self.index.join(), since=now)
         else:
             known.replica = replica
         self._ready.clear()
@@ -426,6 +439,7 @@ class Fleet:
         standing.prefill_s += flight.forecast.prefill_s
         standing.recent_s = standing._own_recent_s(now) + flight.forecast.prefill_s
         standing.recent_at = now
+        standing.tally.prefill_s += flight.forecast.prefill_s
         standing.in_flight += 1
         standing.streams += not silent
         standing.awaiting_first_token += 1
@@ -483,6 +497,9 @@ class Fleet:
         standing.in_flight -= 1
         standing.streams -= not flight.silent
         standing.finished += 1
+        if output_tokens:
+            standing.tally.ended += 1
+            standing.tally.output += output_tokens
 
     def _prefilled(self, flight: Flight, now: float) -> None:
         """The request waits for no first token any more; the next one is at the head of the line."""
@@ -566,6 +583,14 @@ class Fleet:
     def models(self) -> tuple[str, ...]:
         """Every model that some replica serves, ready or not."""
         return tuple(sorted({m for s in self._standings.values() for m in s.replica.models}))
+
+    def of_model(self, model: str) -> list[Standing]:
+        """Every replica that serves it, in order of their ids."""
+        return [standing for standing in self if model in standing.replica.models]
+
+    def tally(self, model: str) -> Tally:
+        """What was counted of all that ever served it as their first model."""
+        return self._tallies[model]
 
     def get(self, replica_id: str) -> Standing | None:
         """The standing of one replica."""
