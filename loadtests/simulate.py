@@ -51,7 +51,7 @@ def fleet_of(path: Path, replicas: int | None = None, routers: int | None = None
         engine = options.read(flags(model.engine_args))
         setting = Setting(
             engine.engine_config(),
-            replicas or model.replicas,
+            replicas or model.replicas.max,
             routers or config.router.replicas,
             slo=config.slos.get(model.name),
         )

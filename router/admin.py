@@ -30,6 +30,7 @@ from router.metrics import Metrics
 from router.openai_api import error_body
 from router.place import Place
 from router.port import Member
+from router.scaling import Scaling
 
 T = TypeVar("T")
 
@@ -54,6 +55,7 @@ class Admin:
         gossip: Gossip,
         decisions: Decisions,
         arrivals: Arrivals,
+        scaling: Scaling,
         guard: Guard,
         unguarded: Container[str],
     ) -> None:
@@ -68,12 +70,14 @@ class Admin:
         self._gossip = gossip
         self._decisions = decisions
         self._arrivals = arrivals
+        self._scaling = scaling
         self._page = files("router").joinpath("fleet.html").read_bytes()
         self._routes: dict[str, Callable[[Request, Reply], None]] = {
             "/metrics": self._prometheus,
             "/fleet": self._state,
             DECISIONS: self._newest,
             "/arrivals": self._arrived,
+            "/scaling": self._scaled,
             "/targets": self._targets,
             "/routers": self._routers,
             "/health": self._alive,
@@ -116,9 +120,14 @@ class Admin:
                 "peers": self._gossip.peers,
                 "models": [self._model(name) for name in sorted({*self._promised, *self._fleet.models()})],
                 "replicas": [_described(standing, time.monotonic()) for standing in self._fleet],
+                "scaling": self._scaling.described(_epoch()),
             }
         )
         reply.send(200, [JSON], body)
+
+    def _scaled(self, request: Request, reply: Reply) -> None:
+        """How many replicas models are to have, and the decisions that led there, the newest first."""
+        reply.send(200, [JSON], msgspec.json.encode(self._scaling.described(_epoch(), history=True)))
 
     def _decision(self, request: Request, reply: Reply) -> None:
         """That on one request; the newest, where its id was used again."""
@@ -135,8 +144,7 @@ class Admin:
         reply.send(200, [JSON], msgspec.json.encode(told))
 
     def _told(self, decision: Decision) -> dict[str, Any]:
-        epoch = time.time() - time.monotonic()  # the clock of event loops
-        return {"process": os.getpid(), **self._decisions.described(decision, epoch)}
+        return {"process": os.getpid(), **self._decisions.described(decision, _epoch())}
 
     def _arrived(self, request: Request, reply: Reply) -> None:
         """Requests answered since, for `herd record`."""
@@ -177,6 +185,11 @@ def number(request: Request, name: str, default: T) -> int | T:
     if not said[0].isdecimal():
         raise BadRequest(f"{name}: a number is expected, not {said[0]!r}", param=name)
     return int(said[0])
+
+
+def _epoch() -> float:
+    """When the clock of event loops began, in the world's time."""
+    return time.time() - time.monotonic()
 
 
 def _process(member: Member) -> dict[str, object]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from math import prod
 from typing import Any
 
 import ray
 from ray import serve
 from ray.serve import Application
-from ray.serve.config import RequestRouterConfig
+from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 
 from router import deployment
 from router.config import FleetConfig, ModelConfig, parse
 from router.errors import ConfigError
+from router.scaling import Replicas
 from workers import replica
 from workers.engine import EngineSpec
 
@@ -30,6 +32,16 @@ HEALTH_CHECKS = {"health_check_period_s": 1.0, "health_check_timeout_s": 30.0}
 LEAVE = {"graceful_shutdown_wait_loop_s": 0.05}
 # A wrong setting fails every time, a lost race for a port once.
 STARTS = {"max_constructor_retry_count": 2}
+# Serve does at once what routers decide: patience and proportion are theirs (router/core/autoscale.py). What
+# they report is read and sent twice a second.
+FOLLOWS = {
+    "upscale_delay_s": 0.0,
+    "downscale_delay_s": 0.0,
+    "upscaling_factor": 1.0,
+    "downscaling_factor": 1.0,
+    "metrics_interval_s": 0.5,
+    "look_back_period_s": 2.5,
+}
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -44,25 +56,42 @@ def _pool(model: ModelConfig) -> Application:
     return serve.deployment(
         replica.Replica,
         name=deployment_name(model),
-        num_replicas=model.replicas,
+        **_number(model.replicas),
         ray_actor_options=actor_options(model),
-        graceful_shutdown_timeout_s=replica.DRAIN_S + 30,
+        graceful_shutdown_timeout_s=model.drain_s + 30,
         request_router_config=RequestRouterConfig(request_router_class="router.membership:Directory"),
         **HEALTH_CHECKS,
         **LEAVE,
         **STARTS,
-    ).bind(spec)
+    ).bind(spec, model.drain_s)
+
+
+def _number(replicas: Replicas) -> dict[str, Any]:
+    """How many replicas a deployment has, as Serve is told."""
+    if replicas.fixed:
+        return {"num_replicas": replicas.max}
+    return _scaled(replicas.min, replicas.first, replicas.max)
+
+
+def _scaled(least: int, first: int, most: int) -> dict[str, Any]:
+    with warnings.catch_warnings():
+        # The environment variable that is to replace `metrics_interval_s` is not read for it in Ray 2.60.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        config = AutoscalingConfig(min_replicas=least, initial_replicas=first, max_replicas=most, **FOLLOWS)
+    return {"autoscaling_config": config}
 
 
 def _router(fleet: FleetConfig) -> Application:
     pools = [_pool(model) for model in fleet.models]
-    models = [model.name for model in fleet.models]
-    by_model = {"tokenizers": fleet.tokenizers, "continuation": fleet.continuation, "slos": fleet.slos}
-    config = fleet.router.model_copy(update=by_model)
+    models = {model.name: deployment_name(model) for model in fleet.models}
+    config = fleet.router.model_copy(update=fleet.by_model)
+    # Serve takes reports of those only that are scaled, if from n to n.
+    same = (config.replicas,) * 3
+    number = _scaled(*same) if config.scaling else {"num_replicas": config.replicas}
     return serve.deployment(
         deployment.Router,
         name="Router",
-        num_replicas=fleet.router.replicas,
+        **number,
         ray_actor_options={"num_cpus": 0},
         request_router_config=RequestRouterConfig(request_router_class="router.membership:Peers"),
         graceful_shutdown_timeout_s=deployment.DRAIN_S + 30,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +17,15 @@ from router.errors import HerdError
 
 if TYPE_CHECKING:
     from router.run_directory import RunDirectory
+    from router.status import Status
 
 PORT = 8000
 ADMIN_PORT = 8001
 DASHBOARD_PORT = 8265
 # What `herd status` returns when there is no fleet, as systemctl's does for a unit that is not running.
 NOT_RUNNING = 3
+# How often `herd status --watch` looks.
+WATCH_S = 1.0
 # What a shell reports for a command that was interrupted (128 + SIGINT).
 INTERRUPTED = 130
 
@@ -154,18 +159,45 @@ def down(port: int, run_dir: Path | None) -> None:
 @main.command()
 @click.option("--port", default=PORT, show_default=True, help="The endpoint's port.")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--watch", is_flag=True, help="Again every second, until Ctrl-C.")
 @run_dir
-def status(port: int, as_json: bool, run_dir: Path | None) -> None:
+def status(port: int, as_json: bool, watch: bool, run_dir: Path | None) -> None:
     """Show the fleet on a port: routers, replicas, where they are. Exit code 3 if there is none."""
+    if watch and as_json:
+        raise click.UsageError("--watch is for people, --json for programs. Give one of both.")
+    directory = _directory(run_dir, port)
+    if watch:
+        _watch(lambda: _status(directory, port, given=run_dir is not None).as_text())
+        return
+    told = _status(directory, port, given=run_dir is not None)
+    click.echo(told.as_json() if as_json else told.as_text())
+
+
+def _status(directory: RunDirectory, port: int, given: bool) -> Status:
+    """`given`: the directory was asked for, so nothing else will do."""
     from router import status
 
-    directory = _directory(run_dir, port)
     record = directory.read()
     if record is not None and record.herd.alive:
-        told = status.of_fleet(record)
-    elif run_dir is not None or (told := status.of_port(port)) is None:
+        return status.of_fleet(record)
+    if given or (told := status.of_port(port)) is None:
         raise _no_fleet(directory)
-    click.echo(told.as_json() if as_json else told.as_text())
+    return told
+
+
+def _watch(tell: Callable[[], str]) -> None:
+    """What there is to tell, again and again in the same place."""
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
+
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        Live(console=Console(highlight=False), auto_refresh=False, screen=sys.stdout.isatty()) as live,
+    ):
+        while True:
+            live.update(Text(tell(), no_wrap=True), refresh=True)
+            time.sleep(WATCH_S)
 
 
 @main.command()

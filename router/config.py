@@ -21,6 +21,7 @@ from router.http.cors import Cors
 from router.http.requests import Limits
 from router.keys import ADMIN_KEY
 from router.line import AdmissionConfig
+from router.scaling import Replicas
 from router.settings import checked, read_yaml
 from router.slo import Slo
 from router.tenants import KeyHash, TenantsConfig
@@ -29,6 +30,10 @@ from workers.engine import EngineSpec
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 Name = Annotated[str, Field(min_length=1)]
+
+
+# What Serve asks how many replicas there are to be (router/autoscaling.py).
+AUTOSCALING_POLICY = "router.autoscaling:as_routers_decide"
 
 
 class RouterConfig(BaseModel):
@@ -45,7 +50,8 @@ class RouterConfig(BaseModel):
     (router/http/requests.py). `cors`: which web pages may call (router/http/cors.py). `decisions`: what is
     told of placements (router/decisions.py). `tenants`: whose requests are taken (router/tenants.py).
     `admission`: when requests wait in line (router/line.py). `slos`: what is promised of models, by their
-    names (router/slo.py).
+    names (router/slo.py). `scaling`: how many replicas those models may have whose number is not fixed
+    (router/scaling.py).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -69,6 +75,7 @@ class RouterConfig(BaseModel):
     tenants: TenantsConfig = TenantsConfig()
     admission: AdmissionConfig = AdmissionConfig()
     slos: dict[Name, Slo] = {}
+    scaling: dict[Name, Replicas] = {}
 
     @field_validator("policy")
     @classmethod
@@ -123,9 +130,13 @@ def _is_loopback(host: str) -> bool:
 
 
 class ModelConfig(EngineSpec):
-    """One model and how many replicas of it run."""
+    """One model and how many replicas of it run: a number, or a range with how to choose in it.
 
-    replicas: Annotated[int, Field(ge=1)] = 1
+    `drain_s`: how long streams of a replica that leaves may go on there; then they go on at another.
+    """
+
+    replicas: Replicas = Replicas(max=1)
+    drain_s: Annotated[float, Field(ge=0)] = 600.0
     slo: Slo = Slo()
     continuation: Mode = "exact"
     resources: dict[str, float] = {}
@@ -157,6 +168,22 @@ class FleetConfig(BaseModel):
         said = {model.name: model.slo for model in self.models if "slo" in model.model_fields_set}
         return self.router.slos | said
 
+    @property
+    def scaling(self) -> dict[str, Replicas]:
+        """By model: as its entry says, else as the router is told."""
+        said = {model.name: model.replicas for model in self.models if not model.replicas.fixed}
+        return self.router.scaling | said
+
+    @property
+    def by_model(self) -> dict[str, dict[str, Any]]:
+        """What the router is told of models, by its keys."""
+        return {
+            "tokenizers": self.tokenizers,
+            "continuation": self.continuation,
+            "slos": self.slos,
+            "scaling": self.scaling,
+        }
+
     @model_validator(mode="after")
     def _unique_names(self) -> FleetConfig:
         names = [model.name for model in self.models]
@@ -185,10 +212,21 @@ def load(path: Path) -> dict[str, Any]:
     document = read_yaml(path)
     try:
         application = application_of(document)
-        parse(application.get("args") or {})
+        fleet = parse(application.get("args") or {})
+        _check_followed(application, fleet)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     return dict(document)
+
+
+def _check_followed(application: Mapping[str, Any], fleet: FleetConfig) -> None:
+    """Serve asks whom the application names how many replicas there are to be; by itself it asks nobody."""
+    policy = application.get("autoscaling_policy") or {}
+    if fleet.scaling and policy.get("policy_function") != AUTOSCALING_POLICY:
+        raise ConfigError(
+            f"applications.0.autoscaling_policy: with a range of replicas {{policy_function: "
+            f"{AUTOSCALING_POLICY}}} is expected, else Serve does not scale by what routers decide"
+        )
 
 
 def application_of(document: Any) -> dict[str, Any]:

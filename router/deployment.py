@@ -13,6 +13,7 @@ from ray.exceptions import RayError
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus
 
+from router.autoscaling import TARGET
 from router.config import RouterConfig
 from router.front import SETTLE_S, FrontDoor
 from router.roster import PEERS, ROSTER
@@ -20,20 +21,26 @@ from router.watchdog import watch
 
 # Streams of a leaving router end by themselves within this, else they are cut. As long as a long answer.
 DRAIN_S = 600.0
+# What Serve calls replicas that serve or will.
+COMING_OR_HERE = ("PENDING_ALLOCATION", "PENDING_INITIALIZATION", "STARTING", "UPDATING", "RUNNING")
 
 
 class Router:
-    """One router process: a FrontDoor on the loop that Serve gives to user code (uvloop)."""
+    """One router process: a FrontDoor on the loop that Serve gives to user code (uvloop).
+
+    `models`: the deployment of each model's replicas, whose handles are `pools`.
+    """
 
     async def __init__(
-        self, config: dict[str, Any], models: list[str], *pools: DeploymentHandle[Any]
+        self, config: dict[str, Any], models: dict[str, str], *pools: DeploymentHandle[Any]
     ) -> None:
         self._config = RouterConfig.model_validate(config)
+        self._models = models
         # The node's address: the loopback one where the whole cluster stays on it.
         node = ray.util.get_node_ip_address()
         self._front = FrontDoor(self._config, promised=tuple(models), fleet=_fleet(), peer_host=node)
         self._watchdog = asyncio.create_task(watch(self._front.metrics.loop_lag))
-        await self._front.start()
+        await self._front.start(await self._asked_for() if self._config.scaling else {})
         ROSTER.follow(self._front.membership)
         PEERS.follow(self._front.meet)
         # A handle hears of its replicas once it is in use; `options` is the public way to put it to use.
@@ -41,6 +48,24 @@ class Router:
         await ROSTER.heard(len(pools), SETTLE_S)
         await self._front.open()
         gc.freeze()  # else a full collection, now and then, holds the loop for tens of milliseconds
+
+    async def _asked_for(self) -> dict[str, int]:
+        """How many replicas of each model Serve has or starts: what was decided before this process came."""
+        try:
+            application = (await asyncio.to_thread(serve.status)).applications[_application()]
+        except (RayError, KeyError):
+            return {}
+        deployed = application.deployments
+        return {
+            model: sum(deployed[name].replica_states.get(state, 0) for state in COMING_OR_HERE)
+            for model, name in self._models.items()
+            if name in deployed
+        }
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """How many replicas there are to be, for Serve's controller (router/autoscaling.py)."""
+        targets = self._front.targets
+        return {TARGET + self._models[model]: float(target) for model, target in targets.items()}
 
     def record_replica_metadata(self) -> dict[str, Any]:
         """Where the other routers reach this one, as Serve tells them when it is ready."""
@@ -57,6 +82,10 @@ class Router:
         ROSTER.unfollow()
         PEERS.unfollow()
         self._watchdog.cancel()
+
+
+def _application() -> str:
+    return serve.get_replica_context().app_name
 
 
 def _own_handle() -> DeploymentHandle[Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from msgspec import structs
 
@@ -27,6 +27,7 @@ from router.openai_api import refusal
 from router.place import Place, Successor, nobody
 from router.port import Contact
 from router.relay import Relay
+from router.scaling import Scaling
 from router.shards import Shards
 from router.silence import Silence
 from router.tenants import Tenants
@@ -68,7 +69,13 @@ class FrontDoor:
         self._watch = Watch(self.fleet, self.metrics, self._caches, self._upstreams.cut)
         self._silence = Silence(self.fleet, self._upstreams, self._watch)
         self._tenants = Tenants(config.tenants, self.metrics)
-        self._gossip = Gossip(self.fleet, self.metrics, self._contacts, lambda: self._tenants.quotas)
+        self._gossip = Gossip(
+            self.fleet,
+            self.metrics,
+            self._contacts,
+            lambda: self._tenants.quotas,
+            lambda: self._scaling.told,
+        )
         self._peer_host = peer_host
         self._met: list[Contact] | None = None
         self._relay = Relay(
@@ -82,6 +89,9 @@ class FrontDoor:
             self._gossip.placed,
             promised,
             self._rivals,
+        )
+        self._scaling = Scaling(
+            config.scaling, config.slos, self.fleet, self._relay.lines, self._gossip, self.metrics
         )
         self._shards = Shards(
             self._relay,
@@ -106,14 +116,18 @@ class FrontDoor:
             self._gossip,
             self._relay.decisions,
             self._relay.arrivals,
+            self._scaling,
             Guard(config.admin_key),
             config.admin_unguarded,
         )
         self._admin = Server(admin, refusal, config.limits)
         self.metrics.connections.set_function(lambda: len(self._front.connections))
 
-    async def start(self) -> None:
-        """Takes a place on the port, and opens the admin port; raises ListenError with one sentence."""
+    async def start(self, asked_for: Mapping[str, int] | None = None) -> None:
+        """Takes a place on the port, and opens the admin port; raises ListenError with one sentence.
+
+        `asked_for`: how many replicas of models are there or on their way, where that is known.
+        """
         self._tenants.start()
         await self._caches.start()
         await self._watch.start()
@@ -126,6 +140,7 @@ class FrontDoor:
             self.contact = await self._gossip.start(self._peer_host)
             self._place.announce(self.admin_port)
             self._place.introduce(self.contact)
+            self._scaling.start(asked_for or {})
             if config.shards > 1:
                 self._shards.start()
         except ListenError:
@@ -176,12 +191,18 @@ class FrontDoor:
         return self._gossip.heard // self._config.shards
 
     @property
+    def targets(self) -> dict[str, int]:
+        """How many replicas of models there are to be, where this process decides."""
+        return self._scaling.targets
+
+    @property
     def ready(self) -> bool:
-        """Every model has a replica that takes requests."""
+        """Every model has a replica that takes requests, or gets one when it is asked."""
         return self._relay.ready
 
     async def retire(self) -> None:
         """Leaves rank and admin port to the successor, and connections to other processes on the port."""
+        self._scaling.stop()
         await self._admin.stop(0)
         await self._place.retire()
 

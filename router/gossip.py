@@ -19,6 +19,7 @@ from typing import cast
 
 import msgspec
 
+from router.core.demand import Scaled
 from router.core.fleet import Fleet, Load
 from router.core.loads import Loads, Report
 from router.core.quotas import Elsewhere, Quota, Use
@@ -50,14 +51,24 @@ _decode = msgspec.msgpack.Decoder(Report).decode
 Directory = Callable[[], Iterable[Contact]]
 # Of tenants that have limits, by their names.
 Quotas = Callable[[], Mapping[str, Quota]]
+# Of models whose replicas are scaled.
+Scalings = Callable[[], dict[str, Scaled]]
 
 
 class Gossip(asyncio.DatagramProtocol):
     """One process among the others."""
 
-    def __init__(self, fleet: Fleet, metrics: Metrics, directory: Directory, quotas: Quotas = dict) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        metrics: Metrics,
+        directory: Directory,
+        quotas: Quotas = dict,
+        scalings: Scalings = dict,
+    ) -> None:
         self._fleet = fleet
         self._quotas = quotas
+        self._scalings = scalings
         self._fates = metrics.datagrams
         self._directory = directory
         self._contacts: dict[bytes, Contact] = {}
@@ -86,7 +97,7 @@ class Gossip(asyncio.DatagramProtocol):
         if self._rounds is None:
             return
         self._rounds.cancel()
-        self._tell({}, whole=True)
+        self._tell({}, whole=True, scaled={})
         self._contacts = {}  # nobody is told anything any more
         self._transport.close()
 
@@ -124,6 +135,16 @@ class Gossip(asyncio.DatagramProtocol):
         return len(self._loads.peers)
 
     @property
+    def complete(self) -> bool:
+        """Whether every process that membership tells of speaks."""
+        return all(contact.name in self._loads.peers for contact in self._told)
+
+    @property
+    def scaled(self) -> dict[str, dict[str, Scaled]]:
+        """What each of the others told of models whose replicas it decides on, by its name."""
+        return {name: peer.scaled for name, peer in self._loads.peers.items() if peer.scaled}
+
+    @property
     def others(self) -> list[Contact]:
         """The other processes that speak, and that requests can be passed on to."""
         return [c for c in self._told if c.direct is not None and c.name in self._loads.peers]
@@ -158,7 +179,7 @@ class Gossip(asyncio.DatagramProtocol):
     def _tell_all(self) -> None:
         """All that is had anywhere. What one datagram does not hold follows as if it had come later."""
         loads = iter(self._fleet.loads(self._loop.time()).items())
-        self._tell(dict(islice(loads, MOST_REPLICAS)), whole=True)
+        self._tell(dict(islice(loads, MOST_REPLICAS)), whole=True, scaled=self._scalings())
         while more := dict(islice(loads, MOST_REPLICAS)):
             self._tell(more, whole=False)
         uses = iter([(name, quota.use) for name, quota in self._quotas().items()])
@@ -171,9 +192,15 @@ class Gossip(asyncio.DatagramProtocol):
         self._placed.clear()
         self._tell({standing.id: standing.own_load(now) for standing in placed}, whole=False)
 
-    def _tell(self, loads: dict[str, Load], whole: bool, uses: dict[str, Use] | None = None) -> None:
+    def _tell(
+        self,
+        loads: dict[str, Load],
+        whole: bool,
+        uses: dict[str, Use] | None = None,
+        scaled: dict[str, Scaled] | None = None,
+    ) -> None:
         self._sequence += 1
-        report = _encode(Report(self._sequence, whole, loads, uses or {}))
+        report = _encode(Report(self._sequence, whole, loads, uses or {}, scaled))
         datagram = HEAD.pack(VERSION, self._self.name.encode(), self._self.sign(report)) + report
         for contact in self._contacts.values():
             self._transport.sendto(datagram, (contact.host, contact.port))

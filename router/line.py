@@ -7,7 +7,7 @@ request ends, and else every moment: much of what makes room is time that passes
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from math import ceil, inf, isfinite, nan
 from random import random
@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from router.core.admission import Line, Look, Ticket
 from router.core.fleet import NOTHING_CACHED, Fleet, View
 from router.core.placement import Placement
+from router.core.step_model import StepModel
 from router.errors import ApiError, BadRequest, NoCapacity, Overloaded
 from router.health import RETRY_AFTER_S
 from router.http.requests import Request
@@ -68,6 +69,7 @@ class AdmissionConfig(BaseModel):
     max_waiting_tokens: Annotated[int, Field(ge=0)] = 10_000_000
     max_wait_s: Annotated[float, Field(ge=0)] = 60.0
     max_late_s: Annotated[float, Field(ge=0)] = inf
+    max_cold_s: Annotated[float, Field(ge=0)] = 600.0
     priorities: bool = True
 
 
@@ -98,7 +100,8 @@ class Waiter(Ticket):
 
 class Lines:
     """The lines of a router process. `weights`: of tenants by name, 1 for others; each has a share of its
-    class by its weight. `peers`: how many other processes fill the same replicas."""
+    class by its weight. `peers`: how many other processes fill the same replicas. `scaled`: models that may
+    have no replica and get one when they are asked for."""
 
     def __init__(
         self,
@@ -108,6 +111,7 @@ class Lines:
         fleet: Fleet,
         metrics: Metrics,
         peers: Callable[[], int],
+        scaled: Container[str] = (),
     ) -> None:
         self._config = config
         self._slos = slos
@@ -115,6 +119,7 @@ class Lines:
         self._fleet = fleet
         self._metrics = metrics
         self._peers = peers
+        self._scaled = scaled
         self._queues: dict[str, Queue] = {}
 
     async def turn(self, call: Call, request: Request, look: Look, tenant: Tenant) -> Seen:
@@ -124,15 +129,19 @@ class Lines:
         """
         now = asyncio.get_running_loop().time()
         view, placement = look(now)
-        if placement is None or call.family.path in INSTANT:
+        if call.model not in self._scaled if placement is None else call.family.path in INSTANT:
             return Seen(view, placement)
         queue = self._queues.get(call.model) or self._open(call.model)
         wish = wish_of(call, request, tenant, self._config.priorities)
         waiter = queue.waiter(request.received_at, look, Seen(view, placement), wish, tenant.name)
         queue.line.routers = 1 + self._peers()
-        if queue.line.passes(waiter, placement, now):
+        if placement is not None and queue.line.passes(waiter, placement, now):
             return Seen(view, placement)
         return await queue.wait(waiter)
+
+    def of(self, models: Iterable[str]) -> list[Line[Waiter]]:
+        """The lines of these models, as far as there are any."""
+        return [queue.line for model in models if (queue := self._queues.get(model)) is not None]
 
     def freed(self, model: str) -> None:
         """A replica of the model may have room: a first token came, or a request ended."""
@@ -176,8 +185,8 @@ class Queue:
 
     def waiter(self, arrived_at: float, look: Look, seen: Seen, wish: Wish, tenant: str) -> Waiter:
         """A request as the line takes it."""
-        assert seen.placement is not None
-        num_tokens, steps = seen.view.num_tokens, seen.placement.standing.steps
+        num_tokens, cold = seen.view.num_tokens, seen.placement is None
+        steps = seen.placement.standing.steps if seen.placement is not None else StepModel.of()
         unloaded_s = steps.first_token_s(steps.prefill_s(num_tokens), steps.step_s(0, 0))
         ttft_s = self._slo.first_token_s(unloaded_s) if wish.ttft_s is None else wish.ttft_s
         return Waiter(
@@ -186,6 +195,7 @@ class Queue:
             look,
             num_tokens - max(seen.view.cached.values(), default=NOTHING_CACHED).tokens,
             strict=wish.ttft_s is not None,
+            cold=cold and wish.ttft_s is None,
             priority=wish.priority,
             tenant=tenant,
             told=self._loop.create_future(),

@@ -193,6 +193,14 @@ class Metrics:
             "waiting_tokens", "Prompt tokens to be computed of the requests in the waiting line.", "model"
         )
         self._replicas = self._gauge("replicas", "Replicas by state.", "model", "state")
+        self._target = self._gauge(
+            "replicas_target", "How many replicas there are to be, as the routers decided.", "model"
+        )
+        self._needed = self._gauge(
+            "replicas_needed",
+            "How many replicas what is asked would take, before hysteresis and bounds.",
+            "model",
+        )
         self._in_flight = self._gauge("requests_in_flight", "Requests at a replica now.", "model", "replica")
         self._trust = self._gauge(
             "replica_trust",
@@ -249,6 +257,11 @@ class Metrics:
         """From now on the length of a model's waiting line is asked for when metrics are read."""
         self._waiting.labels(model).set_function(requests)
         self._waiting_tokens.labels(model).set_function(tokens)
+
+    def scaled(self, model: str, target: int, needed: int) -> None:
+        """How many replicas of a model there are to be, and how many are needed."""
+        self._target.labels(model).set(target)
+        self._needed.labels(model).set(needed)
 
     def _born(self, model: str) -> ModelMetrics:
         retries = {reason: self._retries.labels(model, reason) for reason in RETRY_REASONS}

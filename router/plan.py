@@ -10,6 +10,7 @@ from typing import Any
 
 from router.config import FleetConfig, application_of, load, parse
 from router.errors import ConfigError
+from router.scaling import Replicas
 from workers import demo_model
 from workers.engine import DEMO
 from workers.vllm_engine import Place
@@ -66,8 +67,12 @@ def from_file(path: Path) -> Plan:
     """A Serve config file. Raises ConfigError that names the file and the key."""
     document = load(path)
     models = parse(application_of(document)["args"]).models
-    engines = ", ".join(f"{model.replicas} x {model.engine} with {model.name}" for model in models)
+    engines = ", ".join(f"{_number(m.replicas)} x {m.engine} with {m.name}" for m in models)
     return Plan(document, f"{engines}, as {path} says")
+
+
+def _number(replicas: Replicas) -> str:
+    return str(replicas.max) if replicas.fixed else f"{replicas.min} to {replicas.max}"
 
 
 def from_flags(engine: str, model: str | None, replicas: int | None, place: Place) -> Plan:

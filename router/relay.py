@@ -118,7 +118,9 @@ class Relay:
     ) -> None:
         self._policy = POLICIES[config.policy]
         self._keyed = self._policy in KEYED
-        self._prompted = self._policy in PROMPTED
+        # Scaling goes by what prompts take, whatever the policy goes by.
+        self._prompted = self._policy in PROMPTED or bool(config.scaling)
+        self._may_be_gone = {model for model, replicas in config.scaling.items() if not replicas.min}
         self._aliases = config.aliases
         self._allow_transfer = config.allow_kv_transfer_params
         self._fleet = fleet
@@ -134,7 +136,9 @@ class Relay:
         self._continuation = Continuation(config.continuation, caches.tokenizers)
         self._budget = RetryBudget()
         self._overdue = Overdue(fleet, self._budget)
-        self._lines = Lines(config.admission, config.slos, tenants.weights, fleet, metrics, peers)
+        self.lines = Lines(
+            config.admission, config.slos, tenants.weights, fleet, metrics, peers, scaled=config.scaling
+        )
         self.decisions = Decisions(config.policy, config.decisions, metrics.decisions)
         self.arrivals = Arrivals()
         self._started = int(time.time())
@@ -206,9 +210,10 @@ class Relay:
 
     @property
     def ready(self) -> bool:
-        """Every model that is promised or known has a replica that takes requests."""
+        """Every model that is promised or known has a replica that takes requests, or gets one when asked."""
         models = {*self._promised, *self._fleet.models()}
-        return bool(models) and all(self._fleet.view(model).replicas for model in models)
+        missing = {model for model in models if not self._fleet.view(model).replicas}
+        return bool(models) and missing <= self._may_be_gone
 
     # -- what replicas answer
 
@@ -291,7 +296,7 @@ class Relay:
     async def _turn(self, journey: Journey, key: int | None) -> Sight:
         """Waits until there is room for the request. What was seen then is to be acted on at once."""
         look = partial(self._look, journey, key, frozenset())
-        seen = await self._lines.turn(journey.call, journey.request, look, journey.tenant)
+        seen = await self.lines.turn(journey.call, journey.request, look, journey.tenant)
         journey.waited_s = seen.waited_s
         return seen.view, seen.placement
 
@@ -401,7 +406,7 @@ class Relay:
             self._overdue.over(journey.flight)
             decision.ended(loop.time(), journey.reply.status)
             self._fleet.finished(journey.flight, loop.time(), _stream_tokens(journey))
-            self._lines.freed(journey.call.model)
+            self.lines.freed(journey.call.model)
 
     def _prompt_ids(self, journey: Journey, decision: Decision) -> bytes | None:
         """The prompt's token ids if the replica is to get them in place of the text; some are checked."""
@@ -454,7 +459,7 @@ class Relay:
             journey.metrics.ttft_ratio.observe(ratio)
         self._fleet.first_token(journey.flight, now)
         self._overdue.over(journey.flight)
-        self._lines.freed(journey.call.model)
+        self.lines.freed(journey.call.model)
         if journey.leg.rest is None:
             journey.metrics.ttft.observe(now - journey.request.received_at)
 

@@ -28,6 +28,15 @@ REPLICAS = {
     "IN FLIGHT": "in_flight",
     "URL": "url",
 }
+SCALING = {
+    "SCALED MODEL": "model",
+    "READY": "ready",
+    "TARGET": "target",
+    "RANGE": "range",
+    "NEEDED": "needed",
+    "BECAUSE": "reason",
+    "ASKED OF REPLICAS": "asked",
+}
 # What every router process counts of a replica by itself.
 COUNTED = ("in_flight", "awaiting_first_token", "finished", "failures")
 
@@ -50,8 +59,10 @@ class Status:
         lines = [*(f"{name:<9}  {value}" for name, value in self.places.items()), ""]
         if self.fleet is None:
             return "\n".join([*lines, self.trouble])
-        routers = _table(ROUTERS, self.fleet["processes"])
-        return "\n".join([*lines, *routers, "", *_table(REPLICAS, self.fleet["replicas"])])
+        tables = [_table(ROUTERS, self.fleet["processes"]), _table(REPLICAS, self.fleet["replicas"])]
+        if self.fleet["scaling"]:
+            tables.append(_table(SCALING, _scaled(self.fleet)))
+        return "\n".join([*lines, *"\n\n".join("\n".join(rows) for rows in tables).split("\n")])
 
 
 def admins_of_fleet(record: Record) -> list[str]:
@@ -101,6 +112,26 @@ def _seen_by_all(admins: Sequence[str]) -> dict[str, Any] | None:
     views = [replica for each in seen for replica in each["replicas"]]
     fleet["replicas"] = [_summed(replica, views) for replica in fleet["replicas"]]
     return fleet
+
+
+def _scaled(fleet: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of each model whose replicas are not fixed in number: how many there are, are to be, and why."""
+    ready = {model["name"]: model["ready"] for model in fleet["models"]}
+    return [_scaled_model(name, told, ready[name]) for name, told in fleet["scaling"].items()]
+
+
+def _scaled_model(name: str, told: dict[str, Any], ready: int) -> dict[str, Any]:
+    last, between = told["last"], f"{told['min']} to {told['max']}"
+    row = {"model": name, "ready": ready, "target": told["target"], "range": between}
+    if last is None:
+        return row
+    demand = last["demand"]
+    asked = (
+        f"{demand['requests']:.1f} requests/s, {demand['prefill_s']:.2f} s prefill/s, "
+        f"{demand['output']:.0f} tokens/s, {demand['waiting']} waiting"
+    )
+    reason = f"{last['reason']} (dry run)" if told["dry_run"] else last["reason"]
+    return row | {"needed": last["needed"], "reason": reason, "asked": asked}
 
 
 def _summed(replica: dict[str, Any], views: list[dict[str, Any]]) -> dict[str, Any]:

@@ -19,8 +19,6 @@ from workers.process import EngineProcess
 
 # Loading weights from a slow disk takes minutes; a start that hangs still has to end.
 STARTUP_TIMEOUT_S = 1800.0
-# What a leaving engine may take to finish its streams. As long as a long answer; an idle one leaves at once.
-DRAIN_S = 600.0
 
 
 class EngineDiedError(Exception):
@@ -28,10 +26,14 @@ class EngineDiedError(Exception):
 
 
 class Replica:
-    """A deployment of one model: each instance is one engine."""
+    """A deployment of one model: each instance is one engine.
 
-    async def __init__(self, spec: dict[str, Any]) -> None:
+    `drain_s`: what a leaving engine may take to finish its streams; an idle one leaves at once.
+    """
+
+    async def __init__(self, spec: dict[str, Any], drain_s: float) -> None:
         self._spec = EngineSpec.model_validate(spec)
+        self._drain_s = drain_s
         # The node's address: the loopback one where the whole cluster stays on it.
         self._engine = make_engine(self._spec)
         starting = EngineProcess.start(
@@ -64,7 +66,7 @@ class Replica:
         self._starting.cancel()  # a start that is over does not mind
         await asyncio.wait({self._starting})
         if not self._starting.cancelled() and self._starting.exception() is None:
-            await self._starting.result().stop(DRAIN_S)
+            await self._starting.result().stop(self._drain_s)
 
 
 def log_path(model: str) -> Path:

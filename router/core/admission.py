@@ -49,8 +49,8 @@ class Ticket:
     """A request in line. Times in seconds, on the clock of the Fleet's verbs.
 
     `due`: when it has to start to meet its SLO. `tokens`: what is to be computed of it at best, 0 if unknown.
-    `strict`: nobody waits for it once it is late. `priority`: lower goes first, as in vLLM. The rest is the
-    line's own.
+    `strict`: nobody waits for it once it is late. `cold`: it came while there was no replica at all; it does
+    not become late by that. `priority`: lower goes first, as in vLLM. The rest is the line's own.
     """
 
     arrived_at: float
@@ -58,6 +58,7 @@ class Ticket:
     look: Look
     tokens: int = 0
     strict: bool = False
+    cold: bool = False
     priority: int = 0
     tenant: str = ""
     number: int = -1
@@ -107,6 +108,10 @@ class Bounds(Protocol):
     @property
     def max_late_s(self) -> float:
         """How long each waits once it cannot meet its SLO any more."""
+
+    @property
+    def max_cold_s(self) -> float:
+        """How long each waits that came while there was no replica."""
 
 
 class Room(NamedTuple):
@@ -246,7 +251,7 @@ class Line(Generic[T]):
         """A request comes. Returns who is refused for it: itself, or others that are worth less."""
         ticket.number = next(self._numbers)
         self._came(ticket)
-        self._add(ticket, late=now > ticket.due)
+        self._add(ticket, late=now > ticket.due and not ticket.cold)
         refused: list[T] = []
         while len(self) > self._bounds.max_waiting or self.tokens > self._bounds.max_waiting_tokens:
             last = self._lanes[self._keys[-1]].last()
@@ -271,7 +276,7 @@ class Line(Generic[T]):
         while self._turns and self._turns[0][0] <= now:
             ticket = self._turns[0][2]
             self._remove(ticket)
-            if ticket.late:
+            if ticket.late or ticket.cold:
                 found.append(ticket)
             else:
                 self._missed.add(ticket.cost, now)
@@ -351,7 +356,7 @@ class Line(Generic[T]):
         overloaded = self._missed.at(now) > OVERLOADED * self._served.at(now)
         if ticket.late or slack <= 0 or overloaded:
             return CALM
-        return CALM + (PRESSED - CALM) * (now - ticket.arrived_at) / slack
+        return CALM + (PRESSED - CALM) * min(1.0, (now - ticket.arrived_at) / slack)
 
     def _fits(self, room: Room, weight: float) -> bool:
         return room.step_s + weight * room.prefill_s < self._tpot_s
@@ -379,6 +384,8 @@ class Line(Generic[T]):
         patience = 0.0 if ticket.strict else self._bounds.max_late_s
         ends = min(ticket.arrived_at + self._bounds.max_wait_s, ticket.due + patience)
         ticket.turns_at = ends if late else min(ticket.due, ends)
+        if ticket.cold:
+            ticket.turns_at = ticket.arrived_at + self._bounds.max_cold_s
         key = (ticket.priority, late)
         if key not in self._lanes:
             self._lanes[key] = Lane(self._weights)

@@ -23,8 +23,6 @@ SLOW_S, FAST_S, SURGE = 60.0, 10.0, 3.0
 DRAIN_S = 30.0
 # To shrink, a smaller fleet must have some room to spare; else it would grow again at once.
 SPARE = 0.9
-# No shorter than this is a smaller fleet seen to be enough before it shrinks, however fast replicas start.
-SETTLE_S = 60.0
 # Streams may fill so much of the KV cache; above it engines begin to preempt.
 FULL = 0.9
 # Of more time than this to come nothing is foreseen.
@@ -45,6 +43,10 @@ class Bounds(Protocol):
     @property
     def busy(self) -> float:
         """For how much of its time a replica may prefill."""
+
+    @property
+    def settle_s(self) -> float:
+        """So long a smaller fleet has to be enough before it shrinks, however fast replicas start."""
 
     @property
     def idle_s(self) -> float:
@@ -167,7 +169,7 @@ class Autoscaler:
         """How many would have been enough all the time since a replica could have been started."""
         spared = max(needed, self._needed(demand, supply, SPARE)[0])
         self._needs.append((now, spared))
-        while self._needs[0][0] < now - max(SETTLE_S, supply.startup_s):
+        while self._needs[0][0] < now - max(self._bounds.settle_s, supply.startup_s):
             self._needs.popleft()
         return max(need for _, need in self._needs)
 
@@ -179,7 +181,7 @@ class Autoscaler:
             return min(most, needed), why if needed <= most else f"{why}, as many as may be"
         if settled >= target:
             return target, "enough"
-        if not supply.whole or self._meter.remembers_s() < SETTLE_S:
+        if not supply.whole or self._meter.remembers_s() < self._bounds.settle_s:
             return target, "not all is known"
         if settled == 0 and now - self._busy_at < self._bounds.idle_s:
             settled = 1

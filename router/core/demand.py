@@ -53,6 +53,13 @@ class Work(msgspec.Struct, frozen=True, array_like=True, gc=False):
     context: int = 0
 
 
+class Scaled(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What a router tells the others of a model: what it counted, and how many replicas there are to be."""
+
+    work: Work
+    target: int
+
+
 class Queue(Protocol):
     """What is read of a waiting line (core/admission.Line)."""
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from router.core.demand import Scaled
 from router.core.fleet import NO_LOAD, Load
 from router.core.quotas import Use
 
@@ -21,12 +22,14 @@ class Report(msgspec.Struct, frozen=True, array_like=True):
     """What a router has at replicas, by their ids; `whole`: and nothing at any other.
 
     `sequence`: higher with each of its reports. `uses`: what some tenants use there, by their names.
+    `scaled`: of each model whose replicas it decides on, by their names; None where nothing is said of that.
     """
 
     sequence: int
     whole: bool
     loads: dict[str, Load]
     uses: dict[str, Use] = {}
+    scaled: dict[str, Scaled] | None = None
 
 
 @dataclass(slots=True)
@@ -36,6 +39,7 @@ class Peer:
     sequence: int
     heard_at: float
     loads: dict[str, Load] = field(default_factory=dict)
+    scaled: dict[str, Scaled] = field(default_factory=dict)
 
 
 class Loads:
@@ -52,6 +56,8 @@ class Loads:
         elif report.sequence <= peer.sequence:
             return None
         peer.sequence, peer.heard_at = report.sequence, now
+        if report.scaled is not None:
+            peer.scaled = report.scaled
         told = set(report.loads)
         if report.whole:
             told.update(peer.loads)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.core.autoscale import SETTLE_S, Ability, Autoscaler, Decision, Supply
+from router.core.autoscale import Ability, Autoscaler, Decision, Supply
 from router.core.demand import Counts, Work
 from router.core.step_model import GPU, StepModel
 
@@ -25,6 +25,7 @@ class Within:
     min: int = 1
     max: int = 16
     busy: float = 0.7
+    settle_s: float = 60.0
     idle_s: float = 120.0
 
 
@@ -97,7 +98,7 @@ def test_a_smaller_fleet_must_have_been_enough_for_a_while():
     before = fleet.now
     fleet.goes_on(300, rate=2, tokens=7_000)
     shrunk = next(decision for decision in fleet.decisions if decision.target < 4)
-    assert shrunk.reason == "fewer are enough" and shrunk.at >= before + SETTLE_S
+    assert shrunk.reason == "fewer are enough" and shrunk.at >= before + Within.settle_s
     assert fleet.target == 1
 
 
@@ -111,8 +112,8 @@ def test_demand_at_a_limit_does_not_make_the_fleet_swing():
 
 def test_to_nothing_when_nobody_asks_and_back_with_the_first_request():
     within = Within(min=0)
-    fleet = Fleet(within, 2).goes_on(60, rate=1, tokens=10).goes_on(round(within.idle_s + SETTLE_S - 2))
-    assert fleet.target == 1
+    fleet = Fleet(within, 2).goes_on(60, rate=1, tokens=10)
+    assert fleet.goes_on(round(within.idle_s + within.settle_s - 2)).target == 1
     assert fleet.goes_on(10).target == 0
     assert fleet.goes_on(100).target == 0
     assert fleet.goes_on(1, waiting=1).target == 1
@@ -129,7 +130,7 @@ def test_with_routers_missing_it_grows_but_does_not_shrink():
 
 
 def test_who_has_just_begun_to_look_does_not_shrink():
-    assert Fleet(Within(), 5).goes_on(round(SETTLE_S) - 2).target == 5
+    assert Fleet(Within(), 5).goes_on(58).target == 5
 
 
 def test_a_router_that_begins_anew_takes_nothing_away():

@@ -9,7 +9,7 @@ MODEL = {"name": "m", "engine": "simulated", "source": "demo"}
 
 def test_a_fleet_needs_no_more_than_a_model():
     fleet = parse({"models": [MODEL]})
-    assert (fleet.models[0].name, fleet.models[0].replicas) == ("m", 1)
+    assert (fleet.models[0].name, fleet.models[0].replicas.max) == ("m", 1)
     assert (fleet.router.port, fleet.router.admin_port, fleet.router.policy) == (8000, 8001, "kv_aware")
 
 
@@ -36,7 +36,7 @@ def test_on_loopback_admin_ports_need_no_key(host):
         ({"models": []}, "models: List should have at least 1 item"),
         ({"models": [MODEL, MODEL]}, "models: the name 'm' is given twice"),
         ({"models": [{**MODEL, "replica": 2}]}, "models.0.replica: Extra inputs are not permitted"),
-        ({"models": [{**MODEL, "replicas": 0}]}, "models.0.replicas: Input should be greater than"),
+        ({"models": [{**MODEL, "replicas": 0}]}, "models.0.replicas.max: Input should be greater than"),
         ({"models": [{**MODEL, "engine": "tgi"}]}, "models.0.engine: "),
         ({"models": [{**MODEL, "slo": {"ttft_s": 0}}]}, "models.0.slo.ttft_s: Input should be greater than"),
         ({"models": [{**MODEL, "slo": {"ttft_times": 0.9}}]}, "models.0.slo.ttft_times: Input should be"),

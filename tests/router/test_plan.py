@@ -39,7 +39,7 @@ def test_vllm_where_it_cannot_run_is_refused_with_the_reason() -> None:
 def test_a_folder_is_served_under_its_last_name(tmp_path: Path) -> None:
     (tmp_path / "my-model").mkdir()
     (model,) = plan.from_flags("simulated", str(tmp_path / "my-model"), 3, CPU).fleet.models
-    assert (model.name, model.source, model.replicas) == ("my-model", str(tmp_path / "my-model"), 3)
+    assert (model.name, model.source, model.replicas.max) == ("my-model", str(tmp_path / "my-model"), 3)
 
 
 def test_ports_given_replace_those_of_the_file_and_zero_becomes_a_port() -> None:
