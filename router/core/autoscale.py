@@ -100,7 +100,7 @@ class Autoscaler:
         self._meter.observe(now, works)
         per_token_s = supply.ability.steps.prefill_s(1)
         demand = self._foreseen(supply, per_token_s)
-        if not demand.idle:
+        if not self._meter.demand(FAST_S).idle:
             self._busy_at = now
         needed, why = self._needed(demand, supply)
         settled = self._settled(now, needed, demand, supply)

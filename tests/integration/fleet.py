@@ -17,7 +17,9 @@ import openai
 import yaml
 from support import ROOT, Running, eventually, free_port, free_ports
 
+from router.cluster import TOKEN
 from router.run_directory import Process, Record, RunDirectory
+from router.serve_rest import ServeRest
 
 HERD = Path(sys.executable).with_name("herd")
 SERVE = Path(sys.executable).with_name("serve")
@@ -97,12 +99,15 @@ class Fleet:
         changed.write_text(yaml.safe_dump(config))
         self.serve("deploy", changed)
 
-        def settled() -> bool:
-            herd = yaml.safe_load(self.serve("status"))["applications"]["herd"]
-            states = herd["deployments"][deployment["name"]]["replica_states"]
-            return herd["status"] == "RUNNING" and states == {"RUNNING": deployment["num_replicas"]}
+        # `serve status` would say the same, after seconds of imports each time.
+        with ServeRest(self.record.dashboard, TOKEN.read_text().strip()) as serve:
 
-        eventually(settled, timeout)
+            def settled() -> bool:
+                herd = serve.applications()["herd"]
+                states = [r["state"] for r in herd["deployments"][deployment["name"]]["replicas"]]
+                return herd["status"] == "RUNNING" and states == ["RUNNING"] * deployment["num_replicas"]
+
+            eventually(settled, timeout)
 
     def signal(self, number: int) -> None:
         """As Ctrl-C or `kill` on the `herd up` process."""
