@@ -26,6 +26,7 @@ from router.settings import checked, read_yaml
 from router.slo import Slo
 from router.tenants import KeyHash, TenantsConfig
 from router.tokenizer_config import TokenizerConfig
+from router.warmup import WarmupConfig
 from workers.engine import EngineSpec
 
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -51,7 +52,7 @@ class RouterConfig(BaseModel):
     told of placements (router/decisions.py). `tenants`: whose requests are taken (router/tenants.py).
     `admission`: when requests wait in line (router/line.py). `slos`: what is promised of models, by their
     names (router/slo.py). `scaling`: how many replicas those models may have whose number is not fixed
-    (router/scaling.py).
+    (router/scaling.py). `warmup`: what replicas that come or go compute beforehand (router/warmup.py).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -76,6 +77,7 @@ class RouterConfig(BaseModel):
     admission: AdmissionConfig = AdmissionConfig()
     slos: dict[Name, Slo] = {}
     scaling: dict[Name, Replicas] = {}
+    warmup: WarmupConfig = WarmupConfig()
 
     @field_validator("policy")
     @classmethod

@@ -15,7 +15,7 @@ from msgspec import structs
 from router.admin import Admin
 from router.caches import Caches
 from router.config import RouterConfig
-from router.core.fleet import Fleet
+from router.core.fleet import Fleet, Standing
 from router.errors import ListenError
 from router.gossip import Gossip
 from router.health import Endpoint, Watch
@@ -31,6 +31,7 @@ from router.scaling import Scaling
 from router.shards import Shards
 from router.silence import Silence
 from router.tenants import Tenants
+from router.warmup import Warmup
 
 __all__ = ["Endpoint", "FrontDoor"]
 
@@ -38,6 +39,8 @@ __all__ = ["Endpoint", "FrontDoor"]
 # would be worse than none. Replicas that do not answer must not keep it from serving with the others.
 SETTLE_S = 10.0
 SETTLE_LOOK_S = 0.01
+# How often it is looked whether a replica that leaves has finished.
+DEPART_LOOK_S = 0.1
 # A client sends its next request on a connection soon after the last reply, or not at all: httpx, and so the
 # OpenAI client, gives one up after 5 s. When the fleet ends there is nothing to send it to.
 IDLE_S = 5.0
@@ -66,7 +69,9 @@ class FrontDoor:
         self.metrics = Metrics()
         self._caches = Caches(config, self.fleet, self.metrics)
         self._upstreams = Upstreams()
-        self._watch = Watch(self.fleet, self.metrics, self._caches, self._upstreams.cut)
+        self._warmup = Warmup(config.warmup, self.fleet, self.metrics, lambda: 1 + self._rivals())
+        self._watch = Watch(self.fleet, self.metrics, self._caches, self._upstreams.cut, self._warmup.arrival)
+        self._departures: set[asyncio.Task[None]] = set()
         self._silence = Silence(self.fleet, self._upstreams, self._watch)
         self._tenants = Tenants(config.tenants, self.metrics)
         self._gossip = Gossip(
@@ -86,6 +91,7 @@ class FrontDoor:
             self._caches,
             self._upstreams,
             self._tenants,
+            self._warmup,
             self._gossip.placed,
             promised,
             self._rivals,
@@ -130,6 +136,7 @@ class FrontDoor:
         """
         self._tenants.start()
         await self._caches.start()
+        await self._warmup.start()
         await self._watch.start()
         self._silence.start()
         try:
@@ -168,12 +175,21 @@ class FrontDoor:
         """The whole fleet as it is now; what was not there before is learnt, what is missing is dropped."""
         announced = {endpoint.id: endpoint for endpoint in endpoints}
         for gone in self._watch.followed - announced.keys():
-            standing = self.fleet.get(gone)
-            self._watch.drop(gone)
-            if standing is not None:
+            if (standing := self._watch.leave(gone)) is not None:
                 self._upstreams.drop(standing.replica.url)
+                departure = asyncio.get_running_loop().create_task(self._depart(standing))
+                self._departures.add(departure)
+                departure.add_done_callback(self._departures.discard)
         for new in announced.keys() - self._watch.followed:
             self._watch.follow(announced[new])
+
+    async def _depart(self, standing: Standing) -> None:
+        """What only it has is computed elsewhere, its streams end; then it is forgotten."""
+        await self._warmup.departure(standing)
+        while standing.in_flight:
+            await asyncio.sleep(DEPART_LOOK_S)
+        if standing.id not in self._watch.followed:  # else it was announced again
+            self.fleet.left(standing.id)
 
     def meet(self, contacts: Iterable[Contact]) -> None:
         """All router processes as they are now; until somebody tells, those on the same port are known."""
@@ -217,6 +233,10 @@ class FrontDoor:
         await self._silence.stop()
         self._tenants.stop()
         await self._watch.stop()
+        for departure in self._departures:
+            departure.cancel()
+        await asyncio.gather(*self._departures, return_exceptions=True)
+        await self._warmup.stop()
         await self._caches.stop()
         self._upstreams.close()
         self._shards.stop()

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Annotated, Protocol
 from urllib.parse import urlsplit
@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import httpx
 import msgspec
 
-from router.core.fleet import NOTHING_CACHED, Fleet, Replica, State
+from router.core.fleet import NOTHING_CACHED, Fleet, Replica, Standing, State
 from router.errors import EngineUnreachable
 from router.metrics import Metrics
 
@@ -129,10 +129,15 @@ class Observer(Protocol):
         """It was withdrawn."""
 
 
+async def _as_it_is(replica: Replica) -> None:
+    """Its cache is filled by the requests that it gets."""
+
+
 class Watch:
     """Follows every announced replica: brings it into the fleet, marks it down and up again.
 
-    `cut`: ends all connections to the engine at a URL, which is given up for others.
+    `cut`: ends all connections to the engine at a URL, which is given up for others. `warm`: makes a replica
+    fit that was never there before.
     """
 
     def __init__(
@@ -141,11 +146,13 @@ class Watch:
         metrics: Metrics,
         observer: Observer | None = None,
         cut: Callable[[str], None] = lambda url: None,
+        warm: Callable[[Replica], Awaitable[None]] = _as_it_is,
     ) -> None:
         self._fleet = fleet
         self._metrics = metrics
         self._observer = observer
         self._cut = cut
+        self._warm = warm
         self._failures = Counter[str]()
         self._silent: set[str] = set()
         self._news = asyncio.Event()
@@ -171,16 +178,16 @@ class Watch:
         self._untried.add(endpoint.id)
         self._followers[endpoint.id] = asyncio.get_running_loop().create_task(self._follow(endpoint))
 
-    def drop(self, replica_id: str) -> None:
-        """A replica was withdrawn: it gets nothing more."""
+    def leave(self, replica_id: str) -> Standing | None:
+        """A replica was withdrawn: it gets nothing more. Its standing, if it ever served."""
         self._followers.pop(replica_id).cancel()
         del self._looks[replica_id]
         self._failures.pop(replica_id, None)
         self._silent.discard(replica_id)
         self._untried.discard(replica_id)
-        self._fleet.left(replica_id)
         if self._observer is not None:
             self._observer.left(replica_id)
+        return self._fleet.leaving(replica_id, self._now())
 
     def suspect(self, replica_id: str) -> None:
         """A request broke there: look at once."""
@@ -248,7 +255,7 @@ class Watch:
         return not self.expecting
 
     async def _follow(self, endpoint: Endpoint) -> None:
-        await self._admit(endpoint)
+        await self._admit(endpoint, new=True)
         while True:
             await self._pause(endpoint.id)
             down = self._down(endpoint.id)
@@ -260,8 +267,8 @@ class Watch:
                 self._fleet.recovered(endpoint.id, self._now())
                 self._tell()
 
-    async def _admit(self, endpoint: Endpoint) -> None:
-        """Learns what the engine is, for as long as that takes, and lets it serve."""
+    async def _admit(self, endpoint: Endpoint, new: bool = False) -> None:
+        """Learns what the engine is, for as long as that takes, and lets it serve; a new one when warm."""
         complained = False
         while True:
             try:
@@ -273,11 +280,14 @@ class Watch:
                 complained = True
                 self._untried.discard(endpoint.id)
                 await asyncio.sleep(PROBE_DOWN_S)
-        self._fleet.joined(replica, self._now())
-        self._fleet.recovered(replica.id, self._now())
+        self._fleet.joined(replica, self._now(), State.WARMING)
         if self._observer is not None:
             self._observer.joined(replica)
         self._untried.discard(endpoint.id)
+        self._tell()
+        if new:
+            await self._warm(replica)
+        self._fleet.recovered(replica.id, self._now())
         self._tell()
         log.info("replica %s serves %s at %s", replica.id, ", ".join(replica.models), replica.url)
 

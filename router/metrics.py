@@ -57,6 +57,12 @@ COUNTERS = (
         "kv_blocks_unkeyed",
         "Blocks of KV events that follow an unknown one, or came without tokens, and are not known.",
     ),
+    (
+        "replayed_prefixes",
+        "replayed_prefixes",
+        "Prefixes that a replica was asked to compute since another left, or it had just come.",
+    ),
+    ("replayed_tokens", "replayed_tokens", "Tokens of these that were not cached there."),
     ("predictions", "predictions", "Predictions of cached tokens that an engine's report was compared with."),
     ("predicted_cached", "predicted_cached_tokens", "Prompt tokens predicted to be cached, of these."),
     ("reported_cached", "reported_cached_tokens", "Prompt tokens reported to be cached, of these."),
@@ -112,6 +118,8 @@ class ModelMetrics:
     event_gaps: Counter
     events_lost: Counter
     blocks_unkeyed: Counter
+    replayed_prefixes: Counter
+    replayed_tokens: Counter
     predictions: Counter
     predicted_cached: Counter
     reported_cached: Counter

@@ -85,13 +85,15 @@ class Reading:
     """What was made of a request. `prompt`: None where its family has none.
 
     `sendable`: the engine may be given the token ids in place of the text. `reason`: why not. `exact`: the
-    ids are all that the engine reads, so they may be given to it with output behind them.
+    ids are all that the engine reads, so they may be given to it with output behind them. `salt`: the
+    cache's, if one was sent.
     """
 
     prompt: Prompt | None
     sendable: bool = False
     reason: str = ""
     exact: bool = False
+    salt: str | None = None
 
 
 UNREAD = Reading(None, reason="the policy does not go by prompts")
@@ -122,7 +124,8 @@ def read(call: Call, prompter: Prompter | None, adapter: str | None = None, lack
     reader = READERS.get(call.family.path)
     if reader is None:
         return Reading(None, reason="requests of this family have no prompt")
-    root = root_key(adapter, _salt(call.fields))
+    salt = _salt(call.fields)
+    root = root_key(adapter, salt)
     if prompter is None:
         return _by_text(call.fields, reader, root, lacking)
     try:
@@ -133,7 +136,7 @@ def read(call: Call, prompter: Prompter | None, adapter: str | None = None, lack
     if not tokens.ids:
         withheld = "the prompt is empty"
     prompt = Prompt(len(tokens.ids) // TOKEN_BYTES, tokens.ids, root=root)
-    return Reading(prompt, not withheld, withheld, exact=withheld in ("", SENT_BY_CLIENT))
+    return Reading(prompt, not withheld, withheld, withheld in ("", SENT_BY_CLIENT), salt)
 
 
 def _tokens(call: Call, reader: Reader, prompter: Prompter) -> Tokens:

@@ -55,6 +55,7 @@ from router.metrics import Metrics, ModelMetrics
 from router.overdue import Overdue
 from router.passage import Passage
 from router.tenants import Tenant, Tenants
+from router.warmup import Warmup
 
 log = logging.getLogger(__name__)
 
@@ -112,6 +113,7 @@ class Relay:
         caches: Caches,
         upstreams: Upstreams,
         tenants: Tenants,
+        warmup: Warmup,
         placed: Callable[[str], None],
         promised: tuple[str, ...] = (),
         peers: Callable[[], int] = int,
@@ -130,6 +132,7 @@ class Relay:
         self._parity = caches.parity
         self._upstreams = upstreams
         self._tenants = tenants
+        self._warmup = warmup
         self._placed = placed
         self._promised = promised
         self._keepers = Keepers(fleet, watch)
@@ -387,6 +390,8 @@ class Relay:
         journey.flight = self._fleet.started(replica.id, loop.time(), prompt, decision.cached, silent=silent)
         if journey.leg.rest is None:
             journey.cached_tokens = decision.cached.tokens
+            if prompt is not None and journey.leg.reading.exact:
+                self._warmup.saw(journey.flight, prompt, journey.call.model, journey.leg.reading.salt)
         self._placed(replica.id)
         decision.ttft_s = journey.flight.forecast.ttft_s
         try:

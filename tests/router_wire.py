@@ -24,6 +24,7 @@ from router.metrics import Metrics
 from router.openai_api import Aliases, refusal
 from router.relay import Relay
 from router.tenants import Tenants, TenantsConfig
+from router.warmup import Warmup
 
 OPEN = TenantsConfig()
 WAIT_S = 10.0  # a test that waits longer has failed
@@ -183,7 +184,9 @@ async def relaying(
     )
     caches = Caches(config, fleet, metrics)
     watch = Watch(fleet, metrics, caches)
-    relay = Relay(config, fleet, metrics, watch, caches, upstreams, Tenants(tenants, metrics), placed=len)
+    warmup = Warmup(config.warmup, fleet, metrics, routers=lambda: 1)
+    known = Tenants(tenants, metrics)
+    relay = Relay(config, fleet, metrics, watch, caches, upstreams, known, warmup, placed=len)
     async with serving(relay) as (_, port):
         try:
             yield relay, fleet, port

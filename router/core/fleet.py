@@ -60,11 +60,18 @@ class Replica:
 
 
 class State(StrEnum):
-    """Whether a replica is given requests. Those that are suspect are, where no other is ready."""
+    """Whether a replica is given requests. Those that are suspect are, where no other is ready, and those
+    that warm up where there is no other at all. One that leaves has streams to finish."""
 
     READY = "ready"
     SUSPECT = "suspect"
+    WARMING = "warming"
+    LEAVING = "leaving"
     DOWN = "down"
+
+
+# Who is given requests, as long as there are none of a state before.
+OFFERED = (State.READY, State.SUSPECT, State.WARMING)
 
 
 class Trust(StrEnum):
@@ -321,16 +328,24 @@ class Fleet:
 
     # -- replicas come, go, fail
 
-    def joined(self, replica: Replica, now: float) -> None:
-        """A replica can be given requests; one already known by its id keeps its standing."""
+    def joined(self, replica: Replica, now: float, state: State = State.READY) -> None:
+        """A replica is there; one already known by its id keeps its standing."""
         known = self._standings.get(replica.id)
         if known is None:
             steps = StepModel.of(replica.engine)
             tally = self._tallies[replica.models[0]]
-            self._standings[replica.id] = Standing(replica, steps, tally, self.index.join(), since=now)
+            bit = self.index.join()
+            self._standings[replica.id] = Standing(replica, steps, tally, bit, state, since=now)
         else:
             known.replica = replica
         self._ready.clear()
+
+    def leaving(self, replica_id: str, now: float) -> Standing | None:
+        """The replica gets nothing more, whatever comes of it. Its standing, if it ever served."""
+        standing = self._standings.get(replica_id)
+        if standing is not None:
+            self._move(standing, State.LEAVING, now)
+        return standing
 
     def left(self, replica_id: str) -> None:
         """A replica is gone from the fleet; its requests in flight finish by themselves."""
@@ -557,7 +572,7 @@ class Fleet:
         """The model's ready replicas; of a share only those in it, unless they have too much to do."""
         found = self._ready.get(model)
         if found is None:
-            every = self._serving(model, State.READY) or self._serving(model, State.SUSPECT)
+            every = next((some for state in OFFERED if (some := self._serving(model, state))), ())
             own = tuple(s for s in every if self.knows(s.id))
             found = self._ready[model] = (own, every)
         own, every = found

@@ -235,6 +235,14 @@ class KVIndex:
         bits = bit * (ALL >> 1)
         return next((place for place, key in enumerate(keys) if not self._held(key) & bits), len(keys))
 
+    def holds(self, key: int, bit: int) -> bool:
+        """Whether the replica's events told of this block, on whatever tier."""
+        return bool(self._held(key) & bit * (ALL >> 1))
+
+    def is_alone(self, key: int, bit: int) -> bool:
+        """Whether this replica holds the block, and no other."""
+        return self.holds(key, bit) and not self._held(key) & ~(bit * ALL)
+
     def _at_hand(self, keys: Keys, among: int) -> list[tuple[int, int]]:
         """Behind how many blocks which replicas lack the next, in order."""
         young, count, promised = self._young, self._count, self._promised

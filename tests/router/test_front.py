@@ -41,7 +41,7 @@ async def test_announced_replicas_serve_and_withdrawn_ones_do_not():
         for _ in range(2):
             assert (await said(front.port, CHAT))[2] == b'{"answer":1}'
         front.membership([Endpoint("b", b)])
-        assert [s.id for s in front.fleet] == ["b"]
+        await until(lambda: [s.id for s in front.fleet] == ["b"])
         first.requests.clear()
         second.requests.clear()
         for _ in range(2):
@@ -183,6 +183,7 @@ async def test_a_fleet_that_lost_its_replicas_says_so():
         await until(lambda: front.ready)
         await get(front.admin_port, "/metrics")
         front.membership([])
+        await until(lambda: not list(front.fleet))
         metrics = (await get(front.admin_port, "/metrics"))[2].decode()
         assert 'herd_replicas{model="m",state="ready"} 0.0' in metrics
         assert 'replica="a"' not in metrics

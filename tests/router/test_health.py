@@ -100,8 +100,8 @@ async def test_a_replica_is_followed_down_and_up_again():
         await until(lambda: fleet.get("r").state is State.DOWN)
         await it.start(it.port)
         await until(lambda: bool(fleet.view("m").replicas))
-        watch.drop("r")
-        assert list(fleet) == []
+        assert watch.leave("r") is fleet.get("r")
+        assert fleet.get("r").state is State.LEAVING and not fleet.view("m").replicas
     await watch.stop()
 
 
