@@ -69,19 +69,19 @@ def watch(environment: Environment, **_: object) -> None:
 
 
 class Judge:
-    """Counts tokens, of which Locust knows nothing; the rest stands in Locust's own rows."""
+    """Counts tokens of prompts, for which Locust has no place; all else stands in its own rows."""
 
     def __init__(self, environment: Environment) -> None:
         self._environment = environment
         self._began = time.time()
-        self._prompt, self._output, self._cached = Counter[str](), Counter[str](), Counter[str]()
+        self._prompt, self._cached = Counter[str](), Counter[str]()
         self._lines = gevent.Greenlet()
 
     def begin(self, **_: object) -> None:
         """Counts from here, and says now and then how it goes."""
         self._began = time.time()
-        for counter in (self._prompt, self._output, self._cached):
-            counter.clear()
+        self._prompt.clear()
+        self._cached.clear()
         self._lines = gevent.spawn(self._tell)
 
     def end(self, **_: object) -> None:
@@ -89,12 +89,11 @@ class Judge:
         self._lines.kill()
 
     def count(self, name: str, context: dict[str, object], **_: object) -> None:
-        """Adds what an answer was made of; `name` is that of its row."""
+        """Adds what a prompt was made of; `name` is that of its row."""
         usage = context.get("usage")
         if not isinstance(usage, Usage):
             return
         self._prompt[name] += usage.prompt_tokens
-        self._output[name] += usage.completion_tokens
         if usage.cached_tokens is not None:
             self._cached[name] += usage.cached_tokens
 
@@ -137,7 +136,7 @@ class Judge:
             failures=asked.num_failures,
             seconds=max(0.0, ended - self._began) if ended else 0.0,
             prompt_tokens=sum(self._prompt[name] for name in names),
-            output_tokens=sum(self._output[name] for name in names),
+            output_tokens=asked.total_content_length,
             cached_tokens=sum(told) if told else None,
             ttft_ms=times(ttft),
             tpot_ms=times(tpot),

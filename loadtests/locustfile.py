@@ -275,6 +275,7 @@ class ScenarioUser(FastHttpUser):
             finally:
                 # Locust took the time until the headers; the request lasts as long as its stream.
                 response.request_meta["response_time"] = (time.perf_counter() - answer.asked_at) * 1000
+                response.request_meta["response_length"] = answer.usage.completion_tokens
                 response.request_meta["context"] = {"usage": answer.usage}
 
     def _body(self, ask: Ask) -> dict[str, Any]:
