@@ -17,6 +17,7 @@ import msgspec
 from locust import events, stats
 from locust.argument_parser import LocustArgumentParser
 from locust.env import Environment
+from locust.runners import WorkerRunner
 from locust.stats import RequestStats, StatsEntry
 from rich.console import Console
 
@@ -60,7 +61,9 @@ def add_arguments(parser: LocustArgumentParser) -> None:
 
 @events.init.add_listener
 def watch(environment: Environment, **_: object) -> None:
-    """From here on the run has a judge."""
+    """From here on the run has a judge; of several processes only the one that hears of all requests."""
+    if isinstance(environment.runner, WorkerRunner):
+        return
     judge = Judge(environment)
     environment.events.test_start.add_listener(judge.begin)
     environment.events.request.add_listener(judge.count)

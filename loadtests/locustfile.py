@@ -114,11 +114,15 @@ def settings() -> dict[str, list[tuple[Any, Any]]]:
 
 @events.init.add_listener
 def check_arguments(environment: Environment, **_: object) -> None:
-    """Refuses a wrong setting before anything runs. Whoever names no users gets chats."""
+    """Refuses a wrong setting before anything runs. Whoever names no users gets chats; who picks them in the
+    web page gives their settings there.
+    """
     # Imports took a second in which gevent's loop looked at no clock: --run-time would be shorter by that.
     gevent.get_hub().loop.update_now()
     options = environment.parsed_options
-    if not options.user_classes and not options.class_picker:
+    if options.class_picker:
+        return
+    if not options.user_classes:
         environment.user_classes[:] = [ChatUser]
     try:
         for user_class in environment.user_classes:
