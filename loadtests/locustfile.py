@@ -16,6 +16,7 @@ import itertools
 import time
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
+from dataclasses import Field
 from math import inf
 from pathlib import Path
 from typing import Any, ClassVar
@@ -98,17 +99,16 @@ def add_arguments(parser: LocustArgumentParser) -> None:
     add("arrivals", str, None, "How they begin in an open loop", choices=arrivals.KINDS)
     add("speed", float, 1.0, "With a trace's arrivals: so many times as fast")
     for name, meant in settings().items():
-        texts = dict.fromkeys(f"{setting.metadata['help']} [{default}]" for setting, default in meant)
+        texts = dict.fromkeys(f"{setting.metadata['help']} [{setting.default}]" for setting in meant)
         secret = {"is_secret": True} if name == "keys" else {}
-        add(name, type(meant[0][1]), None, "; ".join(texts), **secret)
+        add(name, type(meant[0].default), None, "; ".join(texts), **secret)
 
 
-def settings() -> dict[str, list[tuple[Any, Any]]]:
-    """What scenarios have settings of: by name each one's field and default."""
-    found: dict[str, list[tuple[Any, Any]]] = {}
-    for scenario in SCENARIOS:
-        for setting in scenario.settings():
-            found.setdefault(setting.name, []).append((setting, setting.default))
+def settings() -> dict[str, list[Field[Any]]]:
+    """The settings of all scenarios by name; several may have one of the same name."""
+    found: dict[str, list[Field[Any]]] = {}
+    for setting in itertools.chain.from_iterable(scenario.settings() for scenario in SCENARIOS):
+        found.setdefault(setting.name, []).append(setting)
     return found
 
 
