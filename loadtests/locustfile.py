@@ -1,111 +1,78 @@
-"""Locust: users who chat over several turns and read their answers as a stream.
+"""Locust: one class of users per scenario of docs/loadtests.md.
 
-    locust -f loadtests/locustfile.py --host http://127.0.0.1:8000
+    locust -f loadtests/locustfile.py --host http://127.0.0.1:8000                    chats, with a web page
+    locust -f loadtests/locustfile.py --host http://127.0.0.1:8000 AgentUser RagUser
+    locust -f loadtests/locustfile.py --host http://127.0.0.1:8000 RagUser --rate 5   an open loop
 
 Beside each request, which lasts until the stream ends, two more rows are reported: TTFT, until the first
 content arrived, and TPOT, the mean time of each token after it. Both in milliseconds. A stream that does not
-end in `[DONE]`, or tells an error, is a failure.
+end in `[DONE]`, or tells an error, is a failure. In an open loop LATE tells how much later than due sessions
+began: all other times count from when they were due.
 """
 
 from __future__ import annotations
 
 import itertools
-import random
 import time
 from argparse import Namespace
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import Field
+from math import inf
+from pathlib import Path
+from typing import Any, ClassVar
 
 import gevent
 import msgspec
+from gevent.event import Event
+from gevent.pool import Group
 from locust import FastHttpUser, events, task
 from locust.argument_parser import LocustArgumentParser
 from locust.contrib.fasthttp import FAILURE_EXCEPTIONS, ResponseContextManager
 from locust.env import Environment
 
-from loadtests.scenarios import Chat, Shape
+from loadtests import arrivals
+from loadtests.answer import Answer, BrokenStream
+from loadtests.scenarios import SCENARIOS
+from loadtests.scenarios.agent import Agent
+from loadtests.scenarios.batch import Batch
+from loadtests.scenarios.chat import Chat
+from loadtests.scenarios.flash_crowd import FlashCrowd
+from loadtests.scenarios.rag import Rag
+from loadtests.scenarios.replay import Replay
+from loadtests.scenarios.session import Ask, Fork, Scenario, Session
+from loadtests.scenarios.tenants import Tenants
+from router.errors import HerdError
 
 PATH = "/v1/chat/completions"
 
 
-class Delta(msgspec.Struct):
-    """What a chunk adds to the answer. A reasoning model thinks before it speaks; both are tokens."""
-
-    content: str | None = None
-    reasoning_content: str | None = None
-    reasoning: str | None = None
+class Unanswered(Exception):
+    """The run was over, and the answer had not come."""
 
 
-class Choice(msgspec.Struct):
-    """One answer of possibly several; this user asks for one."""
-
-    delta: Delta
-
-
-class Usage(msgspec.Struct):
-    """Tokens, as the engine counted them."""
-
-    completion_tokens: int = 0
+def row_of(ask: Ask) -> str:
+    """The name of the rows that an answer is counted in."""
+    return f"{PATH} {ask.tenant}" if ask.tenant else PATH
 
 
-class Chunk(msgspec.Struct):
-    """One event of a chat stream, as far as this user reads it."""
-
-    choices: list[Choice] = []
-    usage: Usage | None = None
-    error: object = None
+class BrokenSession(Exception):
+    """An answer broke off, or there is no time for more; the session is not gone on with."""
 
 
-class BrokenStream(Exception):
-    """The stream did not end as a whole answer does."""
+class Refused(Exception):
+    """There is no answer: what the server said, or what kept it from saying anything."""
 
 
-decode = msgspec.json.Decoder(Chunk).decode
-
-
-@dataclass(slots=True)
-class Answer:
-    """A stream as it arrived; times in seconds of `time.perf_counter`."""
-
-    asked_at: float
-    first_at: float | None = None
-    last_at: float = 0.0
-    tokens: int = 0
-    parts: list[str] = field(default_factory=list)
-
-    def read(self, events: Iterator[bytes]) -> None:
-        """Reads to the end; raises BrokenStream if that is not `[DONE]`, or if an event tells an error."""
-        done = False
-        for data in events:
-            done = done or data == b"[DONE]"
-            if not done:
-                self._take(decode(data))
-        if not done:
-            raise BrokenStream("the stream ended without [DONE]")
-
-    def _take(self, chunk: Chunk) -> None:
-        if chunk.error is not None:
-            raise BrokenStream(f"error event: {chunk.error}")
-        if chunk.usage is not None:
-            self.tokens = chunk.usage.completion_tokens
-        for choice in chunk.choices:
-            delta = choice.delta
-            if delta.content or delta.reasoning_content or delta.reasoning:
-                self.last_at = time.perf_counter()
-                self.first_at = self.first_at or self.last_at
-                self.parts.append(delta.content or "")
-
-    @property
-    def ttft_ms(self) -> float | None:
-        """Time to first token; None if none came."""
-        return None if self.first_at is None else (self.first_at - self.asked_at) * 1000
-
-    @property
-    def tpot_ms(self) -> float | None:
-        """Mean time per output token after the first; None for answers of less than two."""
-        if self.first_at is None or self.tokens < 2:
-            return None
-        return (self.last_at - self.first_at) * 1000 / (self.tokens - 1)
+def read(response: ResponseContextManager, answer: Answer, stream: bool) -> None:
+    """Takes the answer in as it comes. Raises Refused, BrokenStream and what broken connections raise."""
+    if response.status_code != 200:
+        raise Refused(
+            f"status {response.status_code}: {response.text}" if response.status_code else response.error
+        )
+    if stream:
+        answer.read(events_of(response))
+    else:
+        answer.read_whole(response.content)
 
 
 def events_of(response: ResponseContextManager) -> Iterator[bytes]:
@@ -115,124 +82,280 @@ def events_of(response: ResponseContextManager) -> Iterator[bytes]:
             yield line[5:].strip()
 
 
-def refusal(response: ResponseContextManager) -> str:
-    """Why there is no stream: what the server said, or what kept it from saying anything."""
-    if response.status_code:
-        return f"status {response.status_code}: {response.text}"
-    return str(response.error)
-
-
 @events.init_command_line_parser.add_listener
 def add_arguments(parser: LocustArgumentParser) -> None:
-    """Settings of this scenario; each also by environment, and in the web page."""
-    shape = Shape()
-    group = parser.add_argument_group("Herd's chat scenario")
-    for flag, type_, default, text in (
-        ("--model", str, "", "Model to ask; the first of /v1/models if not given"),
-        ("--turns", int, shape.turns, "Questions per chat"),
-        ("--system-tokens", int, shape.system, "Length of the system prompt that all chats share"),
-        ("--prompt-tokens", int, shape.prompt, "Length of each question"),
-        ("--output-tokens", int, shape.output, "Longest answer"),
-        ("--think-time", float, 1.0, "Mean seconds between an answer and the next question"),
-        ("--seed", str, "herd", "Decides every question of the run"),
-    ):
-        name = f"HERD_LOAD_{flag[2:].replace('-', '_').upper()}"
-        group.add_argument(flag, type=type_, default=default, env_var=name, help=text)
+    """Settings of all scenarios; each also by environment, and in the web page."""
+    group = parser.add_argument_group("Herd's scenarios")
+
+    def add(name: str, type_: type, default: object, text: str, **more: Any) -> None:
+        flag, variable = f"--{name.replace('_', '-')}", f"HERD_LOAD_{name.upper()}"
+        to = parser if more.get("is_secret") else group  # of groups Locust knows no secrets
+        to.add_argument(flag, type=type_, default=default, env_var=variable, help=text, **more)
+
+    add("model", str, "", "Model to ask; the first of /v1/models if not given")
+    add("seed", str, "herd", "Decides every prompt and every moment of the run")
+    add("api_key", str, "", "Sent with every request", is_secret=True)
+    add("rate", float, None, "Sessions a second that each user begins, in an open loop; 0: in a closed one")
+    add("arrivals", str, None, "How they begin in an open loop", choices=arrivals.KINDS)
+    add("speed", float, 1.0, "With a trace's arrivals: so many times as fast")
+    for name, meant in settings().items():
+        texts = dict.fromkeys(f"{setting.metadata['help']} [{setting.default}]" for setting in meant)
+        secret = {"is_secret": True} if name == "keys" else {}
+        add(name, type(meant[0].default), None, "; ".join(texts), **secret)
 
 
-def shape_of(options: Namespace) -> Shape:
-    """The chats that the command line asks for; raises ValueError."""
-    return Shape(options.turns, options.system_tokens, options.prompt_tokens, options.output_tokens)
+def settings() -> dict[str, list[Field[Any]]]:
+    """The settings of all scenarios by name; several may have one of the same name."""
+    found: dict[str, list[Field[Any]]] = {}
+    for setting in itertools.chain.from_iterable(scenario.settings() for scenario in SCENARIOS):
+        found.setdefault(setting.name, []).append(setting)
+    return found
 
 
 @events.init.add_listener
 def check_arguments(environment: Environment, **_: object) -> None:
-    """Refuses a wrong setting before anything runs."""
+    """Refuses a wrong setting before anything runs. Whoever names no users gets chats; who picks them in the
+    web page gives their settings there.
+    """
+    # Imports took a second in which gevent's loop looked at no clock: --run-time would be shorter by that.
+    gevent.get_hub().loop.update_now()
+    options = environment.parsed_options
+    if options.class_picker:
+        return
+    if not options.user_classes:
+        environment.user_classes[:] = [ChatUser]
     try:
-        shape_of(environment.parsed_options)
-    except ValueError as error:
+        for user_class in environment.user_classes:
+            starts(user_class.scenario.of(options), options, "")
+    except (ValueError, HerdError) as error:
         raise SystemExit(f"error: {error}") from None
 
 
-class ChatUser(FastHttpUser):
-    """One person at a time: asks, reads, thinks, asks on; after the last turn begins a new chat."""
+def starts(scenario: Scenario, options: Namespace, seed: str) -> Iterator[tuple[float, Session]] | None:
+    """When which session begins, for one user; None in a closed loop. Raises ValueError, TraceError."""
+    load = scenario.load
+    kind = options.arrivals or load.arrivals
+    if kind == arrivals.TRACE:
+        return scenario.starts(trace_moments(options, seed), seed)
+    rate = load.rate if options.rate in (None, "") else float(options.rate)
+    if rate < 0:
+        raise ValueError(f"rate must be at least 0, not {rate}")
+    pieces = scenario.rates(rate, options.run_time or load.duration)
+    return scenario.starts(arrivals.moments(kind, pieces, seed), seed) if rate else None
 
-    # Waiting in line is what a load test measures, so no request is given up for it.
+
+def trace_moments(options: Namespace, seed: str) -> Iterable[float]:
+    """When the requests of the trace came. Raises ValueError, TraceError."""
+    if not options.trace or not options.speed > 0:
+        raise ValueError("a trace's arrivals need --trace FILE, and a --speed above 0")
+    return (arrival.at / options.speed for arrival in arrivals.traced(Path(options.trace), seed))
+
+
+class ScenarioUser(FastHttpUser):
+    """Holds the sessions of a scenario: in a closed loop the next begins when the last has ended, in an open
+    loop one begins whenever it is due.
+    """
+
+    abstract = True
+    scenario: ClassVar[type[Scenario]]
+
+    # Waiting in line is what a load test measures, so no request is given up for it ...
     network_timeout = 600.0
+    # ... and none waits here for a connection: so many at once no test has.
+    concurrency = 100_000
     _numbers = itertools.count()
 
     def __init__(self, environment: Environment) -> None:
         super().__init__(environment)
         options = environment.parsed_options
-        self._shape = shape_of(options)
+        self._scenario = self.scenario.of(options)
         # Locust's worker processes count their users each for itself.
         worker = getattr(environment.runner, "worker_index", 0)
         self._seed = f"{options.seed}/{worker}/{next(self._numbers)}"
-        self._chats = itertools.count()
-        self._chance = random.Random(self._seed)
-        self._think_s = options.think_time
+        self._sessions = (self._scenario.session(f"{self._seed}/{n}") for n in itertools.count())
+        self._starts = starts(self._scenario, options, self._seed)
         self._model = options.model
-
-    def wait_time(self) -> float:
-        """Thinking: anything from half the mean to half above it, told by the seed as all else is."""
-        return self._think_s * (0.5 + self._chance.random())
+        self._keys = {"": options.api_key, **getattr(self._scenario, "key_of", {})}
+        self._leaving, self._until = Event(), inf
+        self._held = Group()
 
     def on_start(self) -> None:
-        """Finds the model and begins the first chat; without a model the run is over, and failed."""
-        if not self._model:
-            with self.client.get("/v1/models", catch_response=True) as listing:
-                models = listing.json()["data"] if listing.status_code == 200 else []
-                if not models:
-                    listing.failure(f"no model: {refusal(listing)}")
-                    gevent.spawn(self.environment.runner.quit)
-                    raise gevent.GreenletExit
-                self._model = models[0]["id"]
-        self._begin()
+        """Finds the model; without one the run is over, and failed."""
+        if self._model:
+            return
+        with self.client.get("/v1/models", headers=self._headers(""), catch_response=True) as listing:
+            models = listing.json()["data"] if listing.status_code == 200 else []
+            if not models:
+                told = listing.text if listing.status_code else listing.error
+                listing.failure(f"no model: status {listing.status_code}: {told}")
+                gevent.spawn(self.environment.runner.quit)
+                raise gevent.GreenletExit
+            self._model = models[0]["id"]
 
-    def _begin(self) -> None:
-        self._chat = Chat(self._shape, f"{self._seed}/{next(self._chats)}")
+    def stop(self, force: bool = False) -> bool:
+        """From now on nothing new is asked."""
+        self._until = time.perf_counter()
+        self._leaving.set()
+        return super().stop(force)
+
+    def on_stop(self) -> None:
+        """What is still not answered never will be."""
+        self._held.kill()
 
     @task
-    def turn(self) -> None:
-        """One question and its answer. A chat whose answer broke off is not gone on with."""
-        answer = self._ask(self._chat.ask())
-        if answer is not None:
-            self._chat.answered("".join(answer.parts))
-        if answer is None or self._chat.over:
-            self._begin()
+    def sessions(self) -> None:
+        """One session after the other, or all of them as they are due."""
+        if self._starts is None:
+            self._hold(next(self._sessions))
+        else:
+            self._dispatch(self._starts)
 
-    def _ask(self, messages: list[dict[str, str]]) -> Answer | None:
-        body = {
-            "model": self._model,
-            "messages": messages,
-            "max_tokens": self._shape.output,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-        answer = Answer(asked_at=time.perf_counter())
-        with self.client.post(PATH, json=body, stream=True, catch_response=True) as response:
-            if response.status_code != 200:
-                response.failure(refusal(response))
-                return None
+    def _dispatch(self, starts: Iterable[tuple[float, Session]]) -> None:
+        """Begins each session at its moment, until there are no more or the user has to leave."""
+        began = time.perf_counter()
+        for moment, session in starts:
+            due = began + moment
+            while (left := due - time.perf_counter()) > 0 and not self._leaving.wait(left):
+                pass  # a timer of gevent's counts from its loop's last look at the clock: it may be early
+            if due > self._until:  # what was due before is asked, however late this process is
+                break
+            self._held.spawn(self._hold, session, due)
+        self._held.join()
+        if not self._leaving.is_set():
+            gevent.spawn(self.environment.runner.quit)
+            self._leaving.wait()
+
+    def _hold(self, session: Session, due: float | None = None) -> None:
+        """Asks all that a session asks, until it is over, an answer broke off, or the user has to leave."""
+        said: str | None = None
+        try:
+            while True:
+                step = session.send(said)
+                said = self._fork(step) if isinstance(step, Fork) else self._turn(step, due)
+                due = None
+        except (StopIteration, BrokenSession):
+            pass
+
+    def _turn(self, ask: Ask, due: float | None) -> str:
+        """One answer. A session that is due waits no more; any other first thinks."""
+        if due is not None:
+            self._report("LATE", row_of(ask), (time.perf_counter() - due) * 1000)
+        elif self._leaving.wait(ask.after):
+            raise BrokenSession
+        return self._ask(ask, due or time.perf_counter()).text
+
+    def _fork(self, fork: Fork) -> None:
+        gevent.joinall([self._held.spawn(self._hold, branch) for branch in fork.branches])
+
+    def _ask(self, ask: Ask, asked_at: float) -> Answer:
+        """A whole answer; raises BrokenSession where there is none."""
+        name, answer = row_of(ask), Answer(asked_at)
+        try:
+            self._post(ask, name, answer)
+        except gevent.GreenletExit:
+            # Who waits for answers at the end wants to know which of them did not come.
+            if self.environment.stop_timeout:
+                waited = (time.perf_counter() - asked_at) * 1000
+                self._report("POST", name, waited, exception=Unanswered("not answered when the run was over"))
+            raise
+        self._report("TTFT", name, answer.ttft_ms, answer.usage.completion_tokens)
+        self._report("TPOT", name, answer.tpot_ms, answer.usage.completion_tokens)
+        return answer
+
+    def _post(self, ask: Ask, name: str, answer: Answer) -> None:
+        with self.client.post(
+            PATH,
+            name=name,
+            json=self._body(ask),
+            headers=self._headers(ask.tenant, ask.priority),
+            stream=True,
+            catch_response=True,
+        ) as response:
             try:
-                answer.read(events_of(response))
-            except (BrokenStream, msgspec.DecodeError, *FAILURE_EXCEPTIONS) as error:
+                read(response, answer, ask.stream)
+            except (Refused, BrokenStream, msgspec.DecodeError, *FAILURE_EXCEPTIONS) as error:
                 response.failure(f"{type(error).__name__}: {error}")
-                return None
+                raise BrokenSession from None
             finally:
                 # Locust took the time until the headers; the request lasts as long as its stream.
                 response.request_meta["response_time"] = (time.perf_counter() - answer.asked_at) * 1000
-        self._report("TTFT", answer.ttft_ms, answer)
-        self._report("TPOT", answer.tpot_ms, answer)
-        return answer
+                response.request_meta["response_length"] = answer.usage.completion_tokens
+                response.request_meta["context"] = {"usage": answer.usage}
 
-    def _report(self, row: str, milliseconds: float | None, answer: Answer) -> None:
+    def _body(self, ask: Ask) -> dict[str, Any]:
+        streamed = {"stream": True, "stream_options": {"include_usage": True}} if ask.stream else {}
+        tools = {"tools": ask.tools} if ask.tools else {}
+        return {
+            "model": self._model,
+            "messages": ask.messages,
+            "max_tokens": ask.output_tokens,
+            **tools,
+            **streamed,
+        }
+
+    def _headers(self, tenant: str, priority: int | None = None) -> dict[str, str]:
+        key = self._keys.get(tenant) or self._keys[""]
+        return {
+            **({"authorization": f"Bearer {key}"} if key else {}),
+            **({"x-herd-priority": str(priority)} if priority is not None else {}),
+        }
+
+    def _report(
+        self,
+        row: str,
+        name: str,
+        milliseconds: float | None,
+        tokens: int = 0,
+        exception: Exception | None = None,
+    ) -> None:
         if milliseconds is not None:
             self.environment.events.request.fire(
                 request_type=row,
-                name=PATH,
+                name=name,
                 response_time=milliseconds,
-                response_length=answer.tokens,
-                exception=None,
+                response_length=tokens,
+                exception=exception,
                 context={},
             )
+
+
+class ChatUser(ScenarioUser):
+    """A person who chats."""
+
+    scenario = Chat
+
+
+class AgentUser(ScenarioUser):
+    """A program that calls tools."""
+
+    scenario = Agent
+
+
+class RagUser(ScenarioUser):
+    """Asks about documents."""
+
+    scenario = Rag
+
+
+class BatchUser(ScenarioUser):
+    """Has work done that nobody waits for."""
+
+    scenario = Batch
+
+
+class TenantsUser(ScenarioUser):
+    """Asks for several tenants."""
+
+    scenario = Tenants
+
+
+class FlashCrowdUser(ScenarioUser):
+    """A crowd that comes at once."""
+
+    scenario = FlashCrowd
+
+
+class TraceUser(ScenarioUser):
+    """Replays a trace."""
+
+    scenario = Replay

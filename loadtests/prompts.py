@@ -11,7 +11,7 @@ from random import Random
 
 import msgspec
 
-from loadtests.scenarios import WORDS
+from loadtests.words import WORDS
 
 RANDOM_SHARE = 0.3
 SYLLABLES = [consonant + vowel for consonant in "bcdfghjklmnprstvwz" for vowel in "aeiou"]

@@ -401,6 +401,33 @@ def simulate(
     out.print(f"\n{twin.NOTE}", style="dim")
 
 
+class Scenarios(click.Group):
+    """A command for each scenario."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Their names, in the order of the documentation."""
+        from loadtests.loadtest import COMMANDS
+
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        """None if there is none of that name."""
+        from loadtests.loadtest import COMMANDS
+
+        return COMMANDS.get(name)
+
+
+@main.group(cls=Scenarios, invoke_without_command=True, subcommand_metavar="SCENARIO [OPTIONS]")
+@click.pass_context
+def loadtest(ctx: click.Context) -> None:
+    """Put load on an endpoint, and check what came of it: exit code 1 where a threshold was broken.
+
+    `herd loadtest SCENARIO --help` shows what can be set.
+    """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+
+
 @main.group()
 def key() -> None:
     """Make keys: shown once, kept as hashes."""

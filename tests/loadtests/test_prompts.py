@@ -5,7 +5,7 @@ import json
 import pytest
 
 from loadtests import prompts
-from loadtests.scenarios import WORDS
+from loadtests.words import WORDS
 
 
 @pytest.mark.parametrize("size", [0, 1, 40, 8192, 131_072])
