@@ -32,12 +32,9 @@ LOOK_AHEAD = 8
 # to first token is to spare and time per token is not, a fleet sustains 5 % more so.
 CALM, PRESSED = 2.6, 1.4
 # So many times more where a better class asked within so long (seconds): its streams are there or come next,
-# and are to meet less prefill. In the twin's overload premium requests fare so as before it; with 1.5 some do
-# not, with 3 the others get a third less done.
-RESERVE, ASKED_S = 2.0, 20.0
-# When so much became late lately, by what went, there is more to do than can be done: then one that is let in
-# at the cost of others gains nothing.
-OVERLOADED = 0.2
+# and are to meet less prefill. In the twin's overload premium requests fare so as before it; with 2 some do
+# not, with 3 the others get a fifth less done.
+RESERVE, ASKED_S = 2.5, 20.0
 # Who wanted none of the replicas that had room is asked again after so long (seconds).
 AGAIN_S = 0.1
 # What counts as lately (seconds).
@@ -240,7 +237,7 @@ class Line(Generic[T]):
         self._asked: dict[int, float] = {}  # when a request of each class came last
         self._vain: tuple[float, AbstractSet[str], list[int]] = (-inf, frozenset(), [])
         self._began = now
-        self._served, self._missed = Lately(now), Lately(now)  # tokens of those that went, that became late
+        self._served = Lately(now)  # tokens of those that went
 
     def __len__(self) -> int:
         return len(self._turns)
@@ -283,7 +280,6 @@ class Line(Generic[T]):
             if ticket.late:
                 found.append(ticket)
             else:
-                self._missed.add(ticket.cost, now)
                 self._add(ticket, late=True)
         return found
 
@@ -357,8 +353,7 @@ class Line(Generic[T]):
     def _weight(self, ticket: T, now: float) -> float:
         """How many times that counts which streams wait for prefills where this one goes."""
         slack = ticket.due - ticket.arrived_at
-        overloaded = self._missed.at(now) > OVERLOADED * self._served.at(now)
-        pressed = 0.0 if ticket.late or slack <= 0 or overloaded else (now - ticket.arrived_at) / slack
+        pressed = 0.0 if ticket.late or slack <= 0 else (now - ticket.arrived_at) / slack
         weight = CALM + (PRESSED - CALM) * pressed
         return RESERVE * weight if self._better_asked(ticket.priority, now) else weight
 

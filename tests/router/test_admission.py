@@ -196,15 +196,6 @@ def test_who_cannot_wait_any_longer_is_let_in_sooner():
     assert len(world.go()) == 1
 
 
-def test_where_there_is_more_to_do_than_can_be_done_nobody_is():
-    world = busy_world(0.035)
-    world.enter(due=9.8, tokens=100)
-    world.enter(due=10.0, tokens=100)
-    world.now = 9.9
-    world.line.expired(world.now)  # the first one is late now, and none went
-    assert world.go() == []
-
-
 def test_who_is_late_anyhow_spares_them_too():
     world = busy_world(0.035)
     world.enter(due=10.0)
