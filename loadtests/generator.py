@@ -85,13 +85,14 @@ def request(port: int, model: str, stream: bool) -> bytes:
     return message(port, body)
 
 
-def message(port: int, body: bytes) -> bytes:
-    """A chat request as a client library sends it, from its body."""
+def message(port: int, body: bytes, *headers: str) -> bytes:
+    """A chat request as a client library sends it, from its body; with more headers."""
     head = (
         f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nAccept: application/json\r\n"
         "Content-Type: application/json\r\nUser-Agent: herd-bench\r\nAuthorization: Bearer sk-bench\r\n"
-        f"Content-Length: {len(body)}\r\n\r\n"
+        f"Content-Length: {len(body)}\r\n"
     )
+    head += "".join(f"{header}\r\n" for header in headers) + "\r\n"
     return head.encode() + body
 
 

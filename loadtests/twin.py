@@ -25,7 +25,7 @@ from loadtests.trace import BLOCK_TOKENS, MAX_ID, Arrival
 from loadtests.virtual_engine import Report, VirtualEngine
 from loadtests.virtual_gossip import VirtualGossip
 from router.core import placement
-from router.core.admission import Line, Ticket
+from router.core.admission import Line, Ticket, start_by
 from router.core.blocks import Keys, Prompt, block_keys
 from router.core.fleet import NOTHING_CACHED, Fleet, Flight, Replica, Trust, View
 from router.core.kv_events import AllBlocksCleared, BlockHash, BlockRemoved, BlockStored, KVEvent
@@ -183,9 +183,10 @@ class Router:
     ) -> None:
         self.fleet = Fleet()
         self.gossip = VirtualGossip(self.fleet, timeline, setting.gossip_period, setting.gossip_delay, peers)
+        self.admission = policy.admission if isinstance(policy, Lined) else AdmissionConfig()
         self.line: Line[Waiter] | None = None
         if isinstance(policy, Lined):
-            self.line = Line(policy.admission, 0.0, setting.slo.tpot_s if setting.slo else inf)
+            self.line = Line(self.admission, 0.0, setting.slo.tpot_s if setting.slo else inf)
             self.line.routers = setting.routers
         self.awake = False  # its line is looked at in a moment
         self._policy = policy()
@@ -246,7 +247,7 @@ class Twin:
         if router.line is None:
             self._start(request, view, placed)
         else:
-            self._queue(router.line, request, view, placed)
+            self._queue(router, router.line, request, view, placed)
 
     def _look(self, request: Request, now: float) -> tuple[View, Placement]:
         request.router.gossip.hear()
@@ -267,18 +268,25 @@ class Twin:
 
     # -- the line
 
-    def _queue(self, line: Line[Waiter], request: Request, view: View, placed: Placement) -> None:
-        now, unloaded = self.timeline.now, request.outcome.unloaded
-        due = now + self._slo.first_token_s(unloaded) - unloaded
-        tokens = view.num_tokens - max((had.tokens for had in view.cached.values()), default=0)
-        priority = request.outcome.arrival.priority
-        look = partial(self._look, request)
-        waiter = Waiter(now, due, look, tokens, priority=priority, request=request)
+    def _queue(
+        self, router: Router, line: Line[Waiter], request: Request, view: View, placed: Placement
+    ) -> None:
+        now = self.timeline.now
+        waiter = self._waiter(router.admission, request, view)
         if line.passes(waiter, placed, now):
             self._start(request, view, placed)
         else:
             self._refuse(line.enter(waiter, now))
-            self._move(request.router, line)
+            self._move(router, line)
+
+    def _waiter(self, admission: AdmissionConfig, request: Request, view: View) -> Waiter:
+        now, unloaded = self.timeline.now, request.outcome.unloaded
+        due = start_by(now, self._slo.first_token_s(unloaded), unloaded, admission.backlog_s)
+        tokens = view.num_tokens - max((had.tokens for had in view.cached.values()), default=0)
+        patience = admission.max_late_s if self._setting.slo else inf
+        priority = request.outcome.arrival.priority
+        look = partial(self._look, request)
+        return Waiter(now, due, look, tokens, patience_s=patience, priority=priority, request=request)
 
     def _move(self, router: Router, line: Line[Waiter]) -> None:
         """All that can go go, and those who waited too long; the others are looked at again in a moment."""

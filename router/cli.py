@@ -281,6 +281,17 @@ def record(file: Path, seconds: float | None, port: int, run_dir: Path | None) -
     help="Whether streams go on at another replica when theirs fails.",
 )
 @click.option(
+    "--slo-ttft-ms",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Within how long a first token is due, of a long prompt later: what cannot be is refused "
+    "(docs/reliability.md).  [default: nothing is promised]",
+)
+@click.option(
+    "--slo-tpot-ms",
+    type=click.FloatRange(min=0, min_open=True),
+    help="How often a stream's tokens are due: replicas are given no more than that allows.",
+)
+@click.option(
     "--processes",
     type=click.IntRange(min=1),
     default=1,
@@ -300,6 +311,8 @@ def route(
     aliases: tuple[str, ...],
     sources: tuple[str, ...],
     continuation: str,
+    slo_ttft_ms: float | None,
+    slo_tpot_ms: float | None,
     processes: int,
     api_keys: tuple[str, ...],
     api_keys_file: Path | None,
@@ -310,7 +323,7 @@ def route(
 
     With several processes SIGHUP replaces them, one after the other, without losing a connection.
     """
-    from router.route import run, stands_for, tokenizers
+    from router.route import promised, run, stands_for, tokenizers
     from router.tokenizer_config import ANY
 
     settings = {
@@ -319,6 +332,7 @@ def route(
         "aliases": stands_for(aliases),
         "tokenizers": tokenizers(sources),
         "continuation": {ANY: continuation},
+        "slos": promised(slo_ttft_ms, slo_tpot_ms),
         "tenants": _tenants(api_keys, api_keys_file),
         "admin_key": _hash(admin_key),
     }

@@ -50,9 +50,9 @@ class RouterConfig(BaseModel):
     other names of models, each with the name that engines know. `limits`: of what clients send
     (router/http/requests.py). `cors`: which web pages may call (router/http/cors.py). `decisions`: what is
     told of placements (router/decisions.py). `tenants`: whose requests are taken (router/tenants.py).
-    `admission`: when requests wait in line (router/line.py). `slos`: what is promised of models, by their
-    names (router/slo.py). `scaling`: how many replicas those models may have whose number is not fixed
-    (router/scaling.py). `warmup`: what replicas that come or go compute beforehand (router/warmup.py).
+    `admission`: when requests wait in line (router/line.py). `slos`: what is promised of models, by model,
+    `*` for all others (router/slo.py). `scaling`: how many replicas those models may have whose number is not
+    fixed (router/scaling.py). `warmup`: what replicas that come or go compute beforehand (router/warmup.py).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

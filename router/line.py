@@ -16,7 +16,7 @@ from typing import Annotated, NamedTuple
 import msgspec
 from pydantic import BaseModel, ConfigDict, Field
 
-from router.core.admission import Line, Look, Ticket
+from router.core.admission import Line, Look, Ticket, start_by
 from router.core.fleet import NOTHING_CACHED, Fleet, View
 from router.core.placement import Placement
 from router.core.step_model import StepModel
@@ -27,6 +27,7 @@ from router.metrics import Metrics, ModelMetrics
 from router.openai_api import Call
 from router.slo import Slo
 from router.tenants import Tenant
+from router.tokenizer_config import ANY
 
 # How often a line is looked at when nothing happens: short against what requests wait.
 TICK_S = 0.05
@@ -56,9 +57,10 @@ class AdmissionConfig(BaseModel):
 
     `backlog_s`, `awaiting`: a replica with more seconds of prefill to do, or so many requests that wait for
     their first token, is given no more. `max_waiting`, `max_waiting_tokens`: requests in line, and what is to
-    be computed of their prompts. `max_wait_s`: how long each waits at most, `max_late_s`: how long after it
-    can no longer meet its SLO. `priorities`: clients may say which class their requests are of; those of a
-    tenant no better one than the tenant's.
+    be computed of their prompts. `max_wait_s`: how long each waits at most. `max_late_s`: how long, where an
+    SLO is stated, after it can no longer meet that; with 0 it is refused as soon as that is certain.
+    `max_cold_s`: how long one waits that came while its model had no replica. `priorities`: clients may say
+    which class their requests are of; those of a tenant no better one than the tenant's.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -68,7 +70,7 @@ class AdmissionConfig(BaseModel):
     max_waiting: Annotated[int, Field(ge=0)] = 10_000
     max_waiting_tokens: Annotated[int, Field(ge=0)] = 10_000_000
     max_wait_s: Annotated[float, Field(ge=0)] = 60.0
-    max_late_s: Annotated[float, Field(ge=0)] = inf
+    max_late_s: Annotated[float, Field(ge=0)] = 0.0
     max_cold_s: Annotated[float, Field(ge=0)] = 600.0
     priorities: bool = True
 
@@ -99,9 +101,12 @@ class Waiter(Ticket):
 
 
 class Lines:
-    """The lines of a router process. `weights`: of tenants by name, 1 for others; each has a share of its
-    class by its weight. `peers`: how many other processes fill the same replicas. `scaled`: models that may
-    have no replica and get one when they are asked for."""
+    """The lines of a router process.
+
+    `slos`: by model, or under `ANY` for all others. `weights`: of tenants by name, 1 for others; each has a
+    share of its class by its weight. `peers`: how many other processes fill the same replicas. `scaled`:
+    models that may have no replica and get one when they are asked for.
+    """
 
     def __init__(
         self,
@@ -149,7 +154,7 @@ class Lines:
             queue.moved()
 
     def _open(self, model: str) -> Queue:
-        slo, metrics = self._slos.get(model), self._metrics.of(model)
+        slo, metrics = self._slos.get(model, self._slos.get(ANY)), self._metrics.of(model)
         queue = self._queues[model] = Queue(
             model, self._config, slo, self._weights, self._fleet, metrics, self._peers
         )
@@ -174,6 +179,8 @@ class Queue:
         self._model = model
         self._config = config
         self._slo = slo or Slo()
+        # Where nobody said when a first token is due, nobody is refused for being late.
+        self._patience_s = config.max_late_s if slo else inf
         self._fleet = fleet
         self._metrics = metrics
         self._peers = peers
@@ -188,13 +195,16 @@ class Queue:
         num_tokens, cold = seen.view.num_tokens, seen.placement is None
         steps = seen.placement.standing.steps if seen.placement is not None else StepModel.of()
         unloaded_s = steps.first_token_s(steps.prefill_s(num_tokens), steps.step_s(0, 0))
-        ttft_s = self._slo.first_token_s(unloaded_s) if wish.ttft_s is None else wish.ttft_s
+        if wish.ttft_s is None:
+            ttft_s, patience_s = self._slo.first_token_s(unloaded_s), self._patience_s
+        else:
+            ttft_s, patience_s = wish.ttft_s, 0.0
         return Waiter(
             arrived_at,
-            arrived_at + ttft_s - unloaded_s,
+            start_by(arrived_at, ttft_s, unloaded_s, self._config.backlog_s),
             look,
             num_tokens - max(seen.view.cached.values(), default=NOTHING_CACHED).tokens,
-            strict=wish.ttft_s is not None,
+            patience_s=patience_s,
             cold=cold and wish.ttft_s is None,
             priority=wish.priority,
             tenant=tenant,

@@ -84,6 +84,13 @@ def tokenizers(given: Sequence[str]) -> dict[str, dict[str, str]]:
     return sources
 
 
+def promised(ttft_ms: float | None, tpot_ms: float | None) -> dict[str, dict[str, float]]:
+    """What the command line promises of all models; nothing where it says nothing."""
+    said = {"ttft_s": ttft_ms, "tpot_s": tpot_ms}
+    slo = {name: ms / 1e3 for name, ms in said.items() if ms is not None}
+    return {ANY: slo} if slo else {}
+
+
 class Orders:
     """What signals and the link to a parent ask for: to leave to others (SIGHUP), or to end."""
 

@@ -24,6 +24,7 @@ from router.core.step_model import StepModel
 from router.line import Lines
 from router.metrics import Metrics
 from router.slo import Slo
+from router.tokenizer_config import ANY
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +133,7 @@ class Scaling:
         known."""
         now = asyncio.get_running_loop().time()
         for model, config in self._configs.items():
-            slo = self._slos.get(model)
+            slo = self._slos.get(model, self._slos.get(ANY))
             scaler = Autoscaler(config, now, slo.tpot_s) if slo else Autoscaler(config, now)
             target = targets.get(model, config.first)
             self._pools[model] = Pool(config, scaler, StartUps(config.startup_s), target)

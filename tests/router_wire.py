@@ -23,6 +23,7 @@ from router.line import AdmissionConfig
 from router.metrics import Metrics
 from router.openai_api import Aliases, refusal
 from router.relay import Relay
+from router.slo import Slo
 from router.tenants import Tenants, TenantsConfig
 from router.warmup import Warmup
 
@@ -168,6 +169,7 @@ async def relaying(
     decisions: DecisionsConfig = AS_USUAL,
     tenants: TenantsConfig = OPEN,
     admission: AdmissionConfig | None = None,
+    slos: dict[str, Slo] | None = None,
 ) -> AsyncIterator[tuple[Relay, Fleet, int]]:
     """A relay in front of these engines; ids are r0, r1, ... Each serves its one of `models`, else `m`."""
     fleet = Fleet()
@@ -181,6 +183,7 @@ async def relaying(
         aliases=aliases or {},
         decisions=decisions,
         admission=admission or AdmissionConfig(),
+        slos=slos or {},
     )
     caches = Caches(config, fleet, metrics)
     watch = Watch(fleet, metrics, caches)

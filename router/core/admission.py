@@ -4,9 +4,10 @@ An engine takes all it is sent and serves it in that order. What waits here inst
 be overtaken, be cancelled or be refused. A line is of one model in one router, and fills replicas only up to
 that router's share.
 
-Priority classes go strictly one before the other. Within a class those that can still meet their SLO go
-before those that cannot. Among either, tenants share by tokens to be computed (start-time fair queueing:
-Goyal, Vin and Cheng 1996), and a tenant's requests go in the order in which they have to start.
+Priority classes go strictly one before the other, and leave some room to those before them. Within a class
+those that can still meet their SLO go before those that cannot. Among either, tenants share by tokens to be
+computed (start-time fair queueing: Goyal, Vin and Cheng 1996), and a tenant's requests go in the order in
+which they have to start.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ LOOK_AHEAD = 8
 # counted so many times, since that varies. PRESSED is for one that has no time left. In the twin, where time
 # to first token is to spare and time per token is not, a fleet sustains 5 % more so.
 CALM, PRESSED = 2.6, 1.4
-# When so much became late lately, by what went, there is more to do than can be done: then one that is let in
-# at the cost of others gains nothing.
-OVERLOADED = 0.2
+# So many times more where a better class asked within so long (seconds): its streams are there or come next,
+# and are to meet less prefill. In the twin's overload premium requests fare so as before it; with 2 some do
+# not, with 3 the others get a fifth less done.
+RESERVE, ASKED_S = 2.5, 20.0
 # Who wanted none of the replicas that had room is asked again after so long (seconds).
 AGAIN_S = 0.1
 # What counts as lately (seconds).
@@ -49,15 +51,15 @@ class Ticket:
     """A request in line. Times in seconds, on the clock of the Fleet's verbs.
 
     `due`: when it has to start to meet its SLO. `tokens`: what is to be computed of it at best, 0 if unknown.
-    `strict`: nobody waits for it once it is late. `cold`: it came while there was no replica at all; it does
-    not become late by that. `priority`: lower goes first, as in vLLM. The rest is the line's own.
+    `patience_s`: how long it waits once it is late. `cold`: it came while there was no replica at all; it
+    does not become late by that. `priority`: lower goes first, as in vLLM. The rest is the line's own.
     """
 
     arrived_at: float
     due: float
     look: Look
     tokens: int = 0
-    strict: bool = False
+    patience_s: float = inf
     cold: bool = False
     priority: int = 0
     tenant: str = ""
@@ -69,6 +71,15 @@ class Ticket:
     def cost(self) -> int:
         """What its tenant is charged; unknown prompts count the same each."""
         return max(1, self.tokens)
+
+
+def start_by(arrived_at: float, ttft_s: float, unloaded_s: float, backlog_s: float) -> float:
+    """When a request has to start whose first token is due within `ttft_s`, and takes `unloaded_s` by itself.
+
+    The replica that it goes to may have `backlog_s` to do first; half of the time to spare it waits anyhow.
+    """
+    spare = ttft_s - unloaded_s
+    return arrived_at + spare - min(backlog_s, max(0.0, spare / 2))
 
 
 T = TypeVar("T", bound=Ticket)
@@ -104,10 +115,6 @@ class Bounds(Protocol):
     @property
     def max_wait_s(self) -> float:
         """How long each waits."""
-
-    @property
-    def max_late_s(self) -> float:
-        """How long each waits once it cannot meet its SLO any more."""
 
     @property
     def max_cold_s(self) -> float:
@@ -234,9 +241,10 @@ class Line(Generic[T]):
         self._keys: list[tuple[int, bool]] = []  # of the lanes, in the order in which they go
         self._turns: list[tuple[float, int, T]] = []  # by when something becomes of each
         self._numbers = count()
+        self._asked: dict[int, float] = {}  # when a request of each class came last
         self._vain: tuple[float, AbstractSet[str], list[int]] = (-inf, frozenset(), [])
         self._began = now
-        self._served, self._missed = Lately(now), Lately(now)  # tokens of those that went, that became late
+        self._served = Lately(now)  # tokens of those that went
 
     def __len__(self) -> int:
         return len(self._turns)
@@ -250,6 +258,7 @@ class Line(Generic[T]):
     def enter(self, ticket: T, now: float) -> list[T]:
         """A request comes. Returns who is refused for it: itself, or others that are worth less."""
         ticket.number = next(self._numbers)
+        self._asked[ticket.priority] = now
         self._came(ticket)
         self._add(ticket, late=now > ticket.due and not ticket.cold)
         refused: list[T] = []
@@ -279,7 +288,6 @@ class Line(Generic[T]):
             if ticket.late or ticket.cold:
                 found.append(ticket)
             else:
-                self._missed.add(ticket.cost, now)
                 self._add(ticket, late=True)
         return found
 
@@ -287,6 +295,7 @@ class Line(Generic[T]):
 
     def passes(self, ticket: T, placement: Placement, now: float) -> bool:
         """Whether a request that comes goes at once: nobody waits, and there is room for it."""
+        self._asked[ticket.priority] = now
         room = None if self._turns else self._room(placement.standing, now)
         if room is None or not self._fits(room, self._weight(ticket, now)):
             return False
@@ -353,10 +362,13 @@ class Line(Generic[T]):
     def _weight(self, ticket: T, now: float) -> float:
         """How many times that counts which streams wait for prefills where this one goes."""
         slack = ticket.due - ticket.arrived_at
-        overloaded = self._missed.at(now) > OVERLOADED * self._served.at(now)
-        if ticket.late or slack <= 0 or overloaded:
-            return CALM
-        return CALM + (PRESSED - CALM) * min(1.0, (now - ticket.arrived_at) / slack)
+        pressed = 0.0 if ticket.late or slack <= 0 else min(1.0, (now - ticket.arrived_at) / slack)
+        weight = CALM + (PRESSED - CALM) * pressed
+        return RESERVE * weight if self._better_asked(ticket.priority, now) else weight
+
+    def _better_asked(self, priority: int, now: float) -> bool:
+        """Whether a request of a better class came lately."""
+        return any(better < priority and now < at + ASKED_S for better, at in self._asked.items())
 
     def _fits(self, room: Room, weight: float) -> bool:
         return room.step_s + weight * room.prefill_s < self._tpot_s
@@ -381,8 +393,7 @@ class Line(Generic[T]):
 
     def _add(self, ticket: T, late: bool) -> None:
         ticket.late = late
-        patience = 0.0 if ticket.strict else self._bounds.max_late_s
-        ends = min(ticket.arrived_at + self._bounds.max_wait_s, ticket.due + patience)
+        ends = min(ticket.arrived_at + self._bounds.max_wait_s, ticket.due + ticket.patience_s)
         ticket.turns_at = ends if late else min(ticket.due, ends)
         if ticket.cold:
             ticket.turns_at = ticket.arrived_at + self._bounds.max_cold_s

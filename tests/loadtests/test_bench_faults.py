@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 
 from loadtests import bench_faults
+from loadtests.bed import Stream
 from loadtests.bench import Cores
-from loadtests.bench_faults import CHURN, HEAD, Fault, Stream, killed
+from loadtests.bench_faults import CHURN, HEAD, Fault, killed
 from loadtests.oracle import Oracle
 from workers import demo_model
 

@@ -24,7 +24,7 @@ from workers.simulated.step_time import PRESETS, StepWork
 TIME = PRESETS["8b-h100"].step_time
 ENGINE = EngineConfig(TIME, num_gpu_blocks=101, block_size=BLOCK_TOKENS)
 SETTING = Setting(ENGINE, replicas=3)
-PATIENT = AdmissionConfig(max_wait_s=1e6)
+PATIENT = AdmissionConfig(max_wait_s=1e6, max_late_s=1e6)
 
 
 def conversations(count: int, gap: float, seed: int = 1) -> list[Arrival]:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from router.core.admission import AGAIN_S, LOOK_AHEAD, Line, Ticket
+from router.core.admission import AGAIN_S, ASKED_S, LOOK_AHEAD, Line, Ticket, start_by
 from router.core.blocks import Prompt
 from router.core.fleet import Fleet, Load, Replica
 from router.core.placement import Placement, kv_aware, least_requests
@@ -196,21 +196,29 @@ def test_who_cannot_wait_any_longer_is_let_in_sooner():
     assert len(world.go()) == 1
 
 
-def test_where_there_is_more_to_do_than_can_be_done_nobody_is():
-    world = busy_world(0.035)
-    world.enter(due=9.8, tokens=100)
-    world.enter(due=10.0, tokens=100)
-    world.now = 9.9
-    world.line.expired(world.now)  # the first one is late now, and none went
-    assert world.go() == []
-
-
 def test_who_is_late_anyhow_spares_them_too():
     world = busy_world(0.035)
     world.enter(due=10.0)
     world.now = 10.1
     assert world.line.expired(world.now) == []
     assert world.go() == []
+
+
+@pytest.mark.parametrize(
+    ("better", "asked", "goes"),
+    [
+        (-1, ASKED_S - 1, False),
+        (-1, ASKED_S + 1, True),  # it was long ago
+        (1, ASKED_S - 1, True),  # it is a worse one
+    ],
+)
+def test_some_room_is_left_to_a_better_class_that_asks(better, asked, goes):
+    world = busy_world(0.06)
+    premium = world.ticket(priority=better)
+    assert world.line.passes(premium, premium.look(0.0)[1], world.now)
+    world.now = asked
+    usual = world.ticket(due=world.now + 10.0)
+    assert world.line.passes(usual, usual.look(world.now)[1], world.now) == goes
 
 
 def test_where_nobody_decodes_nobody_is_spared():
@@ -310,6 +318,18 @@ def test_without_replicas_everybody_waits():
 
 
 @pytest.mark.parametrize(
+    ("ttft_s", "unloaded_s", "backlog_s", "starts"),
+    [
+        (2.0, 0.5, 0.5, 1.0),  # the replica that it goes to may have as much to do first
+        (2.0, 1.8, 0.5, 0.1),  # of little time to spare, half is for the line
+        (0.1, 0.5, 0.5, -0.4),  # even at once it would be late
+    ],
+)
+def test_when_a_request_has_to_start(ttft_s, unloaded_s, backlog_s, starts):
+    assert start_by(10.0, ttft_s, unloaded_s, backlog_s) == pytest.approx(10.0 + starts)
+
+
+@pytest.mark.parametrize(
     ("entering", "refused"),
     [
         ([{}, {}, {}], [2]),
@@ -343,9 +363,9 @@ def test_tokens_bound_the_line_too():
     [
         ({"max_wait_s": 30}, {"due": 5.0}, 30.0),
         ({"max_wait_s": 3}, {"due": 5.0}, 3.0),
-        ({"max_wait_s": 30, "max_late_s": 2}, {"due": 5.0}, 7.0),
-        ({"max_wait_s": 30}, {"due": 5.0, "strict": True}, 5.0),
-        ({"max_wait_s": 30, "max_late_s": 0}, {"due": -1.0}, 0.0),
+        ({"max_wait_s": 30}, {"due": 5.0, "patience_s": 2.0}, 7.0),
+        ({"max_wait_s": 30}, {"due": 5.0, "patience_s": 0.0}, 5.0),
+        ({"max_wait_s": 30}, {"due": -1.0, "patience_s": 0.0}, 0.0),
     ],
 )
 def test_how_long_they_wait(config, members, ends):
@@ -378,7 +398,7 @@ ENTERING = {
     "tokens": st.integers(0, 300),
     "priority": st.sampled_from([-1, 0, 1]),
     "tenant": st.sampled_from("abc"),
-    "strict": st.booleans(),
+    "patience_s": st.sampled_from([0.0, 1.0, inf]),
 }
 
 
@@ -394,7 +414,7 @@ class AnyLine(RuleBasedStateMachine):
     @rule(
         wanted=st.sampled_from(["r0", "r1", "r9", None]),
         due=ENTERING["due"],
-        **{name: ENTERING[name] for name in ("tokens", "priority", "tenant", "strict")},
+        **{name: ENTERING[name] for name in ("tokens", "priority", "tenant", "patience_s")},
     )
     def enter(self, wanted, due, **members):
         policy = wants(wanted) if wanted else least_requests

@@ -113,8 +113,8 @@ def test_demand_at_a_limit_does_not_make_the_fleet_swing():
 def test_to_nothing_when_nobody_asks_and_back_with_the_first_request():
     within = Within(min=0)
     fleet = Fleet(within, 2).goes_on(60, rate=1, tokens=10)
-    assert fleet.goes_on(round(within.idle_s + within.settle_s - 2)).target == 1
-    assert fleet.goes_on(10).target == 0
+    assert fleet.goes_on(round(within.idle_s)).target == 1
+    assert fleet.goes_on(20).target == 0
     assert fleet.goes_on(100).target == 0
     assert fleet.goes_on(1, waiting=1).target == 1
 

@@ -104,6 +104,7 @@ def test_status_is_quick(tmp_path: Path) -> None:
             1,
             "--tokenizer: that of all models is given twice",
         ),
+        (("route", "--worker-urls", "http://h:1", "--slo-ttft-ms", "0"), 2, "--slo-ttft-ms"),
         (
             ("route", "--worker-urls", "http://h:1", "--model-alias", "a=b", "--model-alias", "b=c"),
             1,

@@ -29,6 +29,7 @@ from support import Start, get, router, simulated_engine
 from router.core.fleet import Fleet
 from router.line import AdmissionConfig
 from router.relay import Relay
+from router.slo import Slo
 
 CHAT = "/v1/chat/completions"
 TOKEN = b'data: {"id":"c","choices":[{"index":0,"delta":{"content":"a"},"token_ids":[5]}]}\n\n'
@@ -84,11 +85,14 @@ class Desk:
 
 
 @contextlib.asynccontextmanager
-async def gated(admission: AdmissionConfig) -> AsyncIterator[tuple[Desk, contextlib.AsyncExitStack]]:
+async def gated(
+    admission: AdmissionConfig, slo: Slo | None = None
+) -> AsyncIterator[tuple[Desk, contextlib.AsyncExitStack]]:
+    slos = {"*": slo} if slo else None
     opened = asyncio.Semaphore(0)
     async with (
         engine(Gate(opened)) as (it, url),
-        relaying(url, admission=admission) as (relay, fleet, port),
+        relaying(url, admission=admission, slos=slos) as (relay, fleet, port),
         contextlib.AsyncExitStack() as clients,
     ):
         yield Desk(relay, fleet, port, it, opened), clients
@@ -156,14 +160,16 @@ async def test_where_clients_have_no_say_all_are_of_one_class():
 
 
 @pytest.mark.parametrize(
-    ("bounds", "headers", "reason"),
+    ("bounds", "slo", "headers", "reason"),
     [
-        ({"max_wait_s": 0.05}, [], "waited"),
-        ({}, ["x-slo-ttft-ms: 50"], "late"),
+        ({"max_wait_s": 0.05}, None, [], "waited"),
+        ({}, None, ["x-slo-ttft-ms: 50"], "late"),
+        ({}, Slo(ttft_s=0.05), [], "late"),
+        ({"max_late_s": 60, "max_wait_s": 0.5}, Slo(ttft_s=0.05), [], "waited"),
     ],
 )
-async def test_nobody_waits_longer_than_it_makes_sense(bounds, headers, reason):
-    async with gated(one_at_a_time(**bounds)) as (counter, clients):
+async def test_nobody_waits_longer_than_it_makes_sense(bounds, slo, headers, reason):
+    async with gated(one_at_a_time(**bounds), slo) as (counter, clients):
         await counter.asks(clients)
         status, told, _ = await said(counter.port, ask(*headers))
         assert (status, int(told["retry-after"]) >= 1) == (429, True)
