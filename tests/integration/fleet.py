@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,13 +91,17 @@ class Fleet:
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    def deploy(self, deployment: dict[str, Any], timeout: float) -> None:
-        """`serve deploy` of the same file with other options of one deployment, to its end."""
+    def redeploy(self, change: Callable[[dict[str, Any]], object]) -> None:
+        """`serve deploy` of the same file with a change."""
         config = yaml.safe_load(self.directory.serve_config.read_text())
-        config["applications"][0]["deployments"] = [deployment]
+        change(config)
         changed = self.directory.path / "changed.yaml"
         changed.write_text(yaml.safe_dump(config))
         self.serve("deploy", changed)
+
+    def deploy(self, deployment: dict[str, Any], timeout: float) -> None:
+        """Other options of one deployment, to its end."""
+        self.redeploy(lambda config: config["applications"][0].update(deployments=[deployment]))
 
         # `serve status` would say the same, after seconds of imports each time.
         with ServeRest(self.record.dashboard, TOKEN.read_text().strip()) as serve:

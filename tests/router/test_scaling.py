@@ -1,0 +1,89 @@
+"""Who decides how many replicas there are, and what people are told."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import pytest
+from router_wire import VLLM_PAGES, answering, client, engine, front_door, get, post, reply, until
+
+from router import line, scaling
+from router.front import FrontDoor
+from router.health import Endpoint
+from router.scaling import Replicas
+
+CHAT = post("/v1/chat/completions", b'{"model":"m"}')
+PAGES = {**VLLM_PAGES, b"/v1/chat/completions": reply(b'{"answer":1}')}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(scaling, "TICK_S", 0.02)
+    monkeypatch.setattr(line, "TICK_S", 0.01)
+
+
+@asynccontextmanager
+async def routers(count: int, **replicas: Any) -> AsyncIterator[list[FrontDoor]]:
+    """So many router processes of one port, which decide on the replicas of `m` together."""
+    settings: dict[str, Any] = {"scaling": {"m": Replicas(**replicas)}}
+    async with AsyncExitStack() as stack:
+        fronts = [await stack.enter_async_context(front_door(**settings))]
+        for _ in range(count - 1):
+            fronts.append(await stack.enter_async_context(front_door(port=fronts[0].port, **settings)))
+        await until(lambda: sum(bool(front.targets) for front in fronts) == 1)
+        yield fronts
+
+
+async def test_a_request_waits_for_the_first_replica():
+    async with engine(answering(PAGES)) as (_, url), routers(1, min=0, max=2) as (front,):
+        assert front.ready and front.targets == {"m": 0}
+        async with client(front.port) as c:
+            await c.send(CHAT)
+            await until(lambda: front.targets == {"m": 1})
+            front.membership([Endpoint("a", url)])
+            assert (await c.reply())[2] == b'{"answer":1}'
+        told = json.loads((await get(front.admin_port, "/scaling"))[2])["m"]
+        (change,) = told["changes"]
+        assert (change["before"], change["target"], change["reason"]) == (0, 1, "requests")
+        assert change["demand"]["waiting"] == 1
+        metrics = (await get(front.admin_port, "/metrics"))[2].decode()
+        assert 'herd_replicas_target{model="m"} 1.0' in metrics
+
+
+async def test_a_client_that_will_not_wait_is_told_so_in_its_own_time():
+    async with routers(1, min=0, max=2) as (front,), client(front.port) as c:
+        await c.send(CHAT.replace(b"\r\n", b"\r\nx-slo-ttft-ms: 50\r\n", 1))
+        status, headers, _ = await c.reply()
+        assert (status, "retry-after" in headers) == (503, True)
+
+
+async def test_one_router_decides_and_the_next_goes_on_where_it_left_off():
+    async with routers(2, min=0, max=2) as fronts, client(fronts[0].port) as c:
+        await c.send(CHAT)
+        await until(lambda: any(front.targets == {"m": 1} for front in fronts))
+        leader, other = sorted(fronts, key=lambda front: not front.targets)
+        assert other.targets == {}
+        await leader.retire()
+        await until(lambda: other.targets == {"m": 1})
+
+
+async def test_a_dry_run_tells_and_changes_nothing():
+    dry = {"m": Replicas(min=0, max=2, dry_run=True)}
+    async with front_door(scaling=dry) as front, client(front.port) as c:
+        await c.send(CHAT)
+        await until(lambda: bool(front._scaling.described(0.0, history=True)["m"]["changes"]))
+        told = json.loads((await get(front.admin_port, "/scaling"))[2])["m"]
+        assert told["dry_run"] and [change["target"] for change in told["changes"]] == [1]
+        assert front.targets == {}
+
+
+async def test_what_serve_has_already_asked_for_is_where_a_new_router_begins():
+    async with front_door(scaling={"m": Replicas(min=0, max=5)}) as front:
+        front._scaling.stop()
+        front._scaling.start({"m": 3})
+        await asyncio.sleep(0)
+        assert front.targets == {"m": 3}
