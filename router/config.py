@@ -194,6 +194,9 @@ class FleetConfig(BaseModel):
                 raise ValueError(f"models: the name {name!r} is given twice")
             if name in self.router.aliases:
                 raise ValueError(f"router.aliases: {name!r} is the name of a model")
+        for name in self.router.scaling:
+            if name not in names:
+                raise ValueError(f"router.scaling: {name!r} is no model of this fleet")
         return self
 
 

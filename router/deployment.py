@@ -22,7 +22,7 @@ from router.watchdog import watch
 # Streams of a leaving router end by themselves within this, else they are cut. As long as a long answer.
 DRAIN_S = 600.0
 # What Serve calls replicas that serve or will.
-COMING_OR_HERE = ("PENDING_ALLOCATION", "PENDING_INITIALIZATION", "STARTING", "UPDATING", "RUNNING")
+COMING_OR_HERE = ("STARTING", "UPDATING", "RECOVERING", "RUNNING")
 
 
 class Router:

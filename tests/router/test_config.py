@@ -1,7 +1,7 @@
 import pytest
 import yaml
 
-from router.config import load, parse
+from router.config import AUTOSCALING_POLICY, load, parse
 from router.errors import ConfigError
 
 MODEL = {"name": "m", "engine": "simulated", "source": "demo"}
@@ -37,6 +37,21 @@ def test_on_loopback_admin_ports_need_no_key(host):
         ({"models": [MODEL, MODEL]}, "models: the name 'm' is given twice"),
         ({"models": [{**MODEL, "replica": 2}]}, "models.0.replica: Extra inputs are not permitted"),
         ({"models": [{**MODEL, "replicas": 0}]}, "models.0.replicas.max: Input should be greater than"),
+        (
+            {"models": [{**MODEL, "replicas": {"min": 3, "max": 2}}]},
+            "models.0.replicas: min, initial, max: 3, 3, 2 are not in order",
+        ),
+        (
+            {"models": [{**MODEL, "replicas": {"max": 2, "initial": 0}}]},
+            "models.0.replicas: min, initial, max: 1, 0, 2 are not in order",
+        ),
+        ({"models": [{**MODEL, "replicas": {"min": 1}}]}, "models.0.replicas.max: Field required"),
+        ({"models": [{**MODEL, "replicas": {"max": 2, "busy": 1}}]}, "models.0.replicas.busy: Input should"),
+        ({"models": [{**MODEL, "replicas": True}]}, "models.0.replicas: Input should be"),
+        (
+            {"models": [MODEL], "router": {"scaling": {"n": {"max": 2}}}},
+            "router.scaling: 'n' is no model of this fleet",
+        ),
         ({"models": [{**MODEL, "engine": "tgi"}]}, "models.0.engine: "),
         ({"models": [{**MODEL, "slo": {"ttft_s": 0}}]}, "models.0.slo.ttft_s: Input should be greater than"),
         ({"models": [{**MODEL, "slo": {"ttft_times": 0.9}}]}, "models.0.slo.ttft_times: Input should be"),
@@ -119,6 +134,18 @@ def test_a_serve_config_file_is_loaded_whole(tmp_path):
     path = tmp_path / "fleet.yaml"
     path.write_text(yaml.safe_dump(document))
     assert load(path) == document
+
+
+def test_a_range_of_replicas_needs_whom_serve_asks(tmp_path):
+    model = {**MODEL, "replicas": {"min": 0, "max": 2}}
+    application = {"name": "herd", "import_path": "router.app:build", "args": {"models": [model]}}
+    path = tmp_path / "fleet.yaml"
+    path.write_text(yaml.safe_dump({"applications": [application]}))
+    with pytest.raises(ConfigError, match="applications.0.autoscaling_policy: .*as_routers_decide"):
+        load(path)
+    application["autoscaling_policy"] = {"policy_function": AUTOSCALING_POLICY}
+    path.write_text(yaml.safe_dump({"applications": [application]}))
+    assert load(path)["applications"] == [application]
 
 
 @pytest.mark.parametrize(
