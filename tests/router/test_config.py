@@ -141,7 +141,7 @@ def test_a_range_of_replicas_needs_whom_serve_asks(tmp_path):
     application = {"name": "herd", "import_path": "router.app:build", "args": {"models": [model]}}
     path = tmp_path / "fleet.yaml"
     path.write_text(yaml.safe_dump({"applications": [application]}))
-    with pytest.raises(ConfigError, match="applications.0.autoscaling_policy: .*as_routers_decide"):
+    with pytest.raises(ConfigError, match=r"applications\.0\.autoscaling_policy: .*as_routers_decide"):
         load(path)
     application["autoscaling_policy"] = {"policy_function": AUTOSCALING_POLICY}
     path.write_text(yaml.safe_dump({"applications": [application]}))
