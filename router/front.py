@@ -218,7 +218,7 @@ class FrontDoor:
 
     async def retire(self) -> None:
         """Leaves rank and admin port to the successor, and connections to other processes on the port."""
-        self._scaling.stop()
+        self._scaling.retire()
         await self._admin.stop(0)
         await self._place.retire()
 

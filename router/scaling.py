@@ -91,7 +91,7 @@ class Told(Protocol):
 
     @property
     def scaled(self) -> Mapping[str, Mapping[str, Scaled]]:
-        """What each of the others told of each model, by its name; of those that decide."""
+        """What each of the others told of each model, by its name."""
 
 
 @dataclass(slots=True)
@@ -127,6 +127,7 @@ class Scaling:
         self._metrics = metrics
         self._pools: dict[str, Pool] = {}
         self._ticks: asyncio.Task[None] | None = None
+        self._retired = False
 
     def start(self, targets: Mapping[str, int]) -> None:
         """Begins to decide. `targets`: how many replicas of models were asked for by now, where that is
@@ -139,23 +140,25 @@ class Scaling:
             self._pools[model] = Pool(config, scaler, StartUps(config.startup_s), target)
         self._ticks = asyncio.get_running_loop().create_task(self._run())
 
-    def stop(self) -> None:
-        """Decides no more, and leaves it to the others."""
+    def retire(self) -> None:
+        """Decides no more, and leaves it to the others; they hear who still waits here."""
         if self._ticks is not None:
             self._ticks.cancel()
-        self._pools.clear()
+        self._retired = True
 
     @property
     def told(self) -> dict[str, Scaled]:
         """What the other routers are to know."""
-        return {model: Scaled(self._work(model), pool.target) for model, pool in self._pools.items()}
+        return {
+            model: Scaled(self._work(model), None if self._retired else pool.target)
+            for model, pool in self._pools.items()
+        }
 
     @property
     def targets(self) -> dict[str, int]:
         """How many replicas there are to be, by model; nothing where another router says so."""
-        if self._leader() != self._others.name:
-            return {}
-        return {model: pool.target for model, pool in self._pools.items() if not pool.config.dry_run}
+        decided = not self._retired and self._leader() == self._others.name
+        return {m: pool.target for m, pool in self._pools.items() if decided and not pool.config.dry_run}
 
     def described(self, epoch: float, history: bool = False) -> dict[str, dict[str, Any]]:
         """For people, by model. `epoch`: when the loop's clock began. `history`: with what was decided
@@ -176,11 +179,11 @@ class Scaling:
     def _decide(self, model: str, pool: Pool) -> None:
         now = asyncio.get_running_loop().time()
         serving = [s for s in self._fleet.of_model(model) if s.state in (State.READY, State.SUSPECT)]
-        leader = self._leader()
+        said = self._others.scaled.get(self._leader(), {}).get(model)
         if pool.config.dry_run:
             pool.target = len(serving)
-        elif leader != self._others.name and model in self._others.scaled[leader]:
-            pool.target = self._others.scaled[leader][model].target
+        elif said is not None and said.target is not None:
+            pool.target = said.target
         pool.startups.look(pool.target, len(serving), now)
         if serving:
             pool.ability = ability(serving)
@@ -201,7 +204,10 @@ class Scaling:
         pool.target = decision.target
 
     def _leader(self) -> str:
-        return min([self._others.name, *self._others.scaled])
+        """The first by name of those that decide."""
+        others = self._others.scaled.items()
+        deciding = [name for name, told in others if any(s.target is not None for s in told.values())]
+        return min([self._others.name, *deciding])
 
     def _work(self, model: str) -> Work:
         names = {model, *(name for s in self._fleet.of_model(model) for name in s.replica.adapters)}

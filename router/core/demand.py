@@ -54,10 +54,11 @@ class Work(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class Scaled(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """What a router tells the others of a model: what it counted, and how many replicas there are to be."""
+    """What a router tells the others of a model: what it counted, and how many replicas there are to be; None
+    from one that leaves and decides no more."""
 
     work: Work
-    target: int
+    target: int | None
 
 
 class Queue(Protocol):

@@ -16,7 +16,8 @@ class StartUps:
         self._assumed = assumed
         self._asked: deque[float] = deque()
         self._took: deque[float] = deque(maxlen=KEPT)
-        self._target = self._ready = 0
+        self._target: int | None = None  # before the first look
+        self._ready = 0
 
     @property
     def seconds(self) -> float:
@@ -26,9 +27,11 @@ class StartUps:
     def look(self, target: int, ready: int, now: float) -> None:
         """How many are asked for, and how many serve. To be told often: who came is timed by it.
 
-        One that comes in the place of another was not asked for, and is not timed.
+        One that comes in the place of another was not asked for, and is not timed; nor is one that was asked
+        for before the first look.
         """
-        self._asked.extend([now] * max(0, target - max(self._target, ready)))
+        if self._target is not None:
+            self._asked.extend([now] * max(0, target - max(self._target, ready)))
         for _ in range(max(0, ready - self._ready)):
             if self._asked:
                 self._took.append(now - self._asked.popleft())

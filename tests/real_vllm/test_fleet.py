@@ -55,7 +55,7 @@ def with_range(config: dict[str, Any]) -> None:
     """The same fleet with as many replicas as are needed."""
     application = config["applications"][0]
     application["autoscaling_policy"] = {"policy_function": AUTOSCALING_POLICY}
-    replicas = {"min": 1, "max": 3, "busy": 0.2, "settle_s": 5, "startup_s": 30}
+    replicas = {"min": 1, "max": 3, "busy": 0.2, "settle_s": 20, "startup_s": 60}
     application["args"]["models"][0] |= {"replicas": replicas}
     application["args"]["router"] |= {"admission": {"max_wait_s": START_S}}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -12,6 +11,7 @@ import pytest
 from router_wire import VLLM_PAGES, answering, client, engine, front_door, get, post, reply, until
 
 from router import line, scaling
+from router.config import RouterConfig
 from router.front import FrontDoor
 from router.health import Endpoint
 from router.scaling import Replicas
@@ -82,8 +82,8 @@ async def test_a_dry_run_tells_and_changes_nothing():
 
 
 async def test_what_serve_has_already_asked_for_is_where_a_new_router_begins():
-    async with front_door(scaling={"m": Replicas(min=0, max=5)}) as front:
-        front._scaling.stop()
-        front._scaling.start({"m": 3})
-        await asyncio.sleep(0)
-        assert front.targets == {"m": 3}
+    config = RouterConfig(host="127.0.0.1", port=0, admin_port=0, scaling={"m": Replicas(min=0, max=5)})
+    front = FrontDoor(config, promised=("m",))
+    await front.start({"m": 3})
+    assert front.targets == {"m": 3}
+    await front.stop(0)
