@@ -29,7 +29,7 @@ from workers import demo_model
 ENGINES = 4
 # Like its peers' round robin, it looks at no prompt: what is measured is the relay.
 POLICY = "least_requests"
-# Beside it Herd as it is by default, where it knows the model's tokenizer (the mock engines care for no words):
+# Beside it Herd by default, where it knows the tokenizer (mock engines care for no words):
 # prompts are read, and all that is said is noted so that a stream can go on at another replica.
 NOTING = "herd-noting"
 # Connections to the engines are open and code is warm after this long.
