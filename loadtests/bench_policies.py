@@ -10,6 +10,7 @@ from collections.abc import Callable
 from random import Random
 from timeit import repeat
 
+import click
 import msgspec
 
 from loadtests.report import table
@@ -23,13 +24,17 @@ LOAD = 8  # requests in flight per replica on average, spread by chance
 CHOICES = [(Random(i).getrandbits(64), Random(-i).getrandbits(64)) for i in range(1, 101)]
 
 
-def main() -> None:
-    """Prints both tables."""
+@click.command(context_settings={"show_default": True})
+@click.option("--rounds", default=20, help="Runs, of which the best counts.", type=click.IntRange(min=1))
+def main(rounds: int) -> None:
+    """What a placement costs, by policy and fleet, and an affinity key, by request."""
     fleets = [fleet_of(count) for count in REPLICAS]
-    rows = [[name, *(choice_us(policy, fleet) for fleet in fleets)] for name, policy in POLICIES.items()]
+    rows = [
+        [name, *(choice_us(policy, fleet, rounds) for fleet in fleets)] for name, policy in POLICIES.items()
+    ]
     print(table(["policy", *(f"us at {count}" for count in REPLICAS)], rows), end="\n\n")
-    keys = [["a header", key_us(32, (b"x-session-id", b"8d5f2c"))]]
-    keys += [[f"a chat of {size} KiB", key_us(size)] for size in (1, 32, 128)]
+    keys = [["a header", key_us(32, rounds, (b"x-session-id", b"8d5f2c"))]]
+    keys += [[f"a chat of {size} KiB", key_us(size, rounds)] for size in (1, 32, 128)]
     print(table(["affinity key from", "us"], keys))
 
 
@@ -43,22 +48,22 @@ def fleet_of(count: int) -> Fleet:
     return fleet
 
 
-def choice_us(policy: Policy, fleet: Fleet) -> str:
-    return best_us(lambda: [policy(fleet.view("m", draw, key)) for draw, key in CHOICES], len(CHOICES))
+def choice_us(policy: Policy, fleet: Fleet, rounds: int) -> str:
+    return best_us(lambda: [policy(fleet.view("m", draw, key)) for draw, key in CHOICES], rounds)
 
 
-def key_us(size: int, *headers: tuple[bytes, bytes]) -> str:
+def key_us(size: int, rounds: int, *headers: tuple[bytes, bytes]) -> str:
     """A chat of 1 KiB messages, with as many headers as a client of OpenAI's sends."""
     said = [{"role": role, "content": "x" * 990} for role in ("system", "user", *["assistant"] * (size - 2))]
     call = parse(
         FAMILIES["/v1/chat/completions"], msgspec.json.encode({"model": "m", "messages": said[:size]})
     )
     sent = [(b"header-%d" % i, b"value") for i in range(12)] + list(headers)
-    return best_us(lambda: [affinity_key(call, sent) for _ in CHOICES], len(CHOICES))
+    return best_us(lambda: [affinity_key(call, sent) for _ in CHOICES], rounds)
 
 
-def best_us(run: Callable[[], object], count: int) -> str:
-    return f"{1e6 * min(repeat(run, number=1, repeat=20)) / count:.1f}"
+def best_us(run: Callable[[], object], rounds: int) -> str:
+    return f"{1e6 * min(repeat(run, number=1, repeat=rounds)) / len(CHOICES):.1f}"
 
 
 if __name__ == "__main__":

@@ -24,10 +24,14 @@ from loadtests.bench import BenchFailed, Cores, chosen, install_peers, machine, 
 from loadtests.contenders import DIRECT, Contender
 from loadtests.cpu import cpu_seconds, pinned, rss_bytes
 from loadtests.report import SMALL, Run, cost_us, relay_report
+from workers import demo_model
 
 ENGINES = 4
 # Like its peers' round robin, it looks at no prompt: what is measured is the relay.
 POLICY = "least_requests"
+# Beside it Herd by default, where it knows the tokenizer (mock engines care for no words):
+# prompts are read, and all that is said is noted so that a stream can go on at another replica.
+NOTING = "herd-noting"
 # Connections to the engines are open and code is warm after this long.
 SETTLE_S = 0.5
 
@@ -62,6 +66,12 @@ def loads(plan: Plan, port: int) -> dict[str, generator.Load]:
         f"stream {n}": generator.same(ask(stream=True), said, n, length_s, stream=True) for n in plan.streams
     }
     return {SMALL: small, **streams}
+
+
+def noting() -> Contender:
+    """Herd with `kv_aware`, whose streams are noted (router/continuation.py)."""
+    tokenizer = str(demo_model.tokenizer_dir())
+    return Contender(NOTING, contenders.herd("kv_aware", "--tokenizer", tokenizer))
 
 
 @contextlib.contextmanager
@@ -153,7 +163,8 @@ def main(
     """Compare routers: CPU per chunk and per request, added time to first token, memory."""
     if peers:
         install_peers()
-    routers_here, direct = chosen(contenders.contenders(contenders.herd(POLICY)), routers, also)
+    herd, *others = contenders.contenders(contenders.herd(POLICY))
+    routers_here, direct = chosen([herd, noting(), *others], routers, also)
     plan = Plan(streams, connections, chunks, seconds, rounds)
     cores = Cores.of_machine()
     runs = run_bench(bench(plan, routers_here, direct, cores), cores)

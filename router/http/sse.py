@@ -13,7 +13,7 @@ from typing import Annotated
 
 import msgspec
 
-from router.http.token_chunk import each_without_ids, without_ids
+from router.http.token_chunk import Form, take_each
 from router.http.transcript import Transcript
 
 # Takes a read that begins with an HTTP chunk; False, and nothing done, if it is not of the kind it knows.
@@ -143,20 +143,38 @@ class EventStream:
         """
         if self.keep_ids:
             return None
-        note = self.transcript.note_chunks if self.transcript is not None else None
+        form: Form | None = None
+        add = self.transcript.add if self.transcript is not None else None
 
         def pass_on(read: bytes) -> bool:
-            found = without_ids(read) or each_without_ids(read)
-            if found is None:
-                return False
-            ids, rest = found
+            nonlocal form
+            if form is None or (taken := form.take(read)) is None:
+                form = form or Form.of(read)
+                return self._pass_each_on(read, form, write)
+            ids, text, rest = taken
             self._ids += ids
-            if note is not None:
-                note(rest)
+            if add is not None:
+                add(text)
             write(rest)
             return True
 
         return pass_on
+
+    def _pass_each_on(self, read: bytes, form: Form | None, write: Callable[[bytes], None]) -> bool:
+        """The same for a read of several chunks, or of one that is not of the stream's form."""
+        found = take_each(read, form)
+        if found is None:
+            return False
+        for ids, text, rest in found:
+            self._ids += ids
+            if self.transcript is None:
+                continue
+            if text is None:
+                self.transcript.note(rest)
+            else:
+                self.transcript.add(text)
+        write(b"".join([rest for _, _, rest in found]))
+        return True
 
     @property
     def between(self) -> bool:

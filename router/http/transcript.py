@@ -1,7 +1,7 @@
 """What a client was told by a stream of chunks: kept so that the stream can go on elsewhere. Pure.
 
-Nearly all chunks of a stream are alike up to their text, so of those only the text is cut out, still escaped
-as JSON has it; that costs some tenths of a microsecond. The others are decoded.
+Of nearly all chunks the text is known, still escaped as JSON has it (`token_chunk.Form`), and kept as it is.
+The others are decoded.
 """
 
 from __future__ import annotations
@@ -10,15 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
-
-_BREAKS = b"\n\n\r\n"
-# What stands before the text of a chunk and behind it, in chats and in completions (vLLM 0.32 and 0.33).
-_FORMS = (
-    (b'"delta":{"content":"', b'"},"logprobs":null,"finish_reason":null}]}' + _BREAKS),
-    (b'"text":"', b'","logprobs":null,"finish_reason":null,"stop_reason":null}]}' + _BREAKS),
-)
-# Where a chunk's event begins, behind a size line of two or three digits.
-_STARTS = (4, 5)
 
 
 class _Delta(msgspec.Struct):
@@ -63,8 +54,6 @@ class Transcript:
     finished: bool = False
     parsed: str = ""
     _text: bytearray = field(default_factory=bytearray)  # as JSON has it
-    _before: bytes = b""
-    _behind: bytes = b""
 
     @property
     def text(self) -> str:
@@ -72,7 +61,7 @@ class Transcript:
         return _decode_text(b'"%b"' % bytes(self._text))
 
     def note(self, event: bytes) -> None:
-        """Any event but an error, as the engine sent it."""
+        """Any event but an error, as the engine sent it, or the chunk that holds it."""
         begin = event.find(b"{")
         try:
             chunk = _decode_chunk(event[begin:])
@@ -82,20 +71,10 @@ class Transcript:
             self._note_choice(choice)
         if self.origin is None and chunk.choices:
             self.origin = _decode_origin(event[begin:])
-        if not self._before:
-            self._learn(event)
 
-    def note_chunks(self, read: bytes) -> None:
-        """HTTP chunks that hold an ordinary event each, their token ids cut out."""
-        before, behind = self._before, self._behind
-        start = _STARTS[not read.startswith(before, _STARTS[0])]  # found there, not searched: that costs more
-        if before and read.startswith(before, start) and read.endswith(behind):
-            text = read[start + len(before) : -len(behind)]
-            if _BREAKS not in text:
-                self._text += text
-                return
-        for chunk in read.split(_BREAKS)[:-1]:
-            self.note(chunk)
+    def add(self, text: bytes) -> None:
+        """The text of an ordinary chunk, as JSON has it."""
+        self._text += text
 
     def _note_choice(self, choice: _Choice) -> None:
         delta = choice.delta or _Delta()
@@ -107,11 +86,3 @@ class Transcript:
             self.parsed = "a tool call has begun"
         elif delta.reasoning or delta.reasoning_content:
             self.parsed = "it reasons"
-
-    def _learn(self, event: bytes) -> None:
-        """What ordinary chunks look like, by the first one with text."""
-        for before, behind in _FORMS:
-            at = event.find(before)
-            if at >= 0 and event.find(b'"role":') < 0:
-                self._before, self._behind = event[: at + len(before)], behind
-                return

@@ -14,7 +14,7 @@ from loadtests.bench_faults import CHURN, HEAD, Fault, killed
 from loadtests.oracle import Oracle
 from workers import demo_model
 
-CHURN_S = 60.0
+CHURN_S = 120.0
 
 
 @pytest.fixture(scope="module")

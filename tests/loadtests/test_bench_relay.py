@@ -9,9 +9,25 @@ from pathlib import Path
 import pytest
 from support import ROOT, Start, eventually
 
+from loadtests import generator
+from loadtests.bench_relay import NOTING
 from loadtests.cpu import tree
+from loadtests.mock_engine import MODEL
+from router.continuation import Continuation, Leg
+from router.openai_api import FAMILIES, parse
+from router.prompts import read
+from router.tokenizer import Prompter, Tokenizers
+from router.tokenizer_config import TokenizerConfig
+from workers import demo_model
 
-BENCH = (sys.executable, "-m", "loadtests.bench_relay", "--routers=direct,herd", "--chunks=20", "--rounds=1")
+BENCH = (
+    sys.executable,
+    "-m",
+    "loadtests.bench_relay",
+    "--routers=direct,herd,herd-noting",
+    "--chunks=20",
+    "--rounds=1",
+)
 
 
 def test_every_figure_is_there_and_every_stream_was_whole(tmp_path: Path) -> None:
@@ -20,7 +36,7 @@ def test_every_figure_is_there_and_every_stream_was_whole(tmp_path: Path) -> Non
     done = subprocess.run([*BENCH, *options], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     runs = {run["router"]: run for run in json.loads(result.read_bytes())["runs"]}
-    assert list(runs) == ["direct", "herd"]
+    assert list(runs) == ["direct", "herd", NOTING]
     for run in runs.values():
         assert run["rss_bytes"] > 1e6
         assert list(run["samples"]) == ["small", "stream 3", "stream 6"]
@@ -31,6 +47,13 @@ def test_every_figure_is_there_and_every_stream_was_whole(tmp_path: Path) -> Non
             assert (sample["events"] > 0) == (kind != "small")
     for title in ("### 3 streams", "### 6 streams", "### Small requests", "| herd | "):
         assert title in done.stdout
+
+
+def test_what_the_noting_router_is_asked_is_noted() -> None:
+    _, _, body = generator.request(1, MODEL, stream=True).partition(b"\r\n\r\n")
+    call = parse(FAMILIES["/v1/chat/completions"], body)
+    reading = read(call, Prompter(TokenizerConfig(source=str(demo_model.tokenizer_dir()))))
+    assert Continuation({}, Tokenizers({})).notes(Leg(call, reading))
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")

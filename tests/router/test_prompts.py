@@ -26,6 +26,7 @@ CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 MESSAGES, RESPONSES, GENERATE = "/v1/messages", "/v1/responses", "/inference/v1/generate"
 HELLO: Any = [{"role": "user", "content": "hello"}]
 TOOL: Any = {"type": "function", "function": {"name": "f"}}
+TEMPLATE = ChatTemplate(demo_model.tokenizer_dir())
 PROMPTER = Prompter(TokenizerConfig(source="demo", exclude_tools_when_tool_choice_none=False))
 TOKENIZER = Tokenizer(demo_model.tokenizer_dir())
 
@@ -72,10 +73,9 @@ def test_a_chat_is_read_as_its_template_writes_it(body: dict[str, Any], text: st
 @given(chat=CHATS, tools=st.one_of(st.none(), TOOLS), prompt=st.booleans())
 def test_ids_are_those_that_the_simulated_engine_makes(chat: Any, tools: Any, prompt: bool) -> None:
     """Of any chat at all; where its template refuses, the router knows no ids."""
-    template = ChatTemplate(demo_model.tokenizer_dir())
     try:
         shown = None if tools is None else tool_dicts(tools)
-        text = template.render(chat, shown, add_generation_prompt=prompt)
+        text = TEMPLATE.render(chat, shown, add_generation_prompt=prompt)
         expected = tokens(text)
     except Unrenderable:
         expected = None

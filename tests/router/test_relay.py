@@ -53,7 +53,7 @@ async def test_an_answered_request_is_gone_without_the_garbage_collector(answer)
     asked = chat(stream=True) if answer is WHOLE else chat()
 
     def requests():
-        return sum(isinstance(thing, Request) for thing in gc.get_objects())
+        return sum(type(thing) is Request for thing in gc.get_objects())
 
     async with engine(says(answer)) as (_, url), relaying(url) as (_, _, port), client(port) as c:
         await c.send(asked)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from router.http.framing import Chunked
 from router.http.sse import EventStream
-from router.http.token_chunk import MAX_BYTES, each_without_ids, without_ids
+from router.http.token_chunk import MAX_BYTES, Form, take_each, without_ids
 
 
 def framed(payload):
@@ -66,12 +66,31 @@ def test_an_ordinary_chunk_takes_the_short_way(payload):
     assert (ids_of(found[0]), found[1]) == the_long_way(framed(payload))
 
 
-@given(st.lists(ordinary, min_size=1, max_size=5))
-def test_so_do_several_in_one_read(payloads):
+@given(ordinary, st.lists(ordinary, min_size=1, max_size=5))
+def test_so_do_several_in_one_read(first, payloads):
     read = b"".join(map(framed, payloads))
-    found = each_without_ids(read)
+    found = take_each(read, Form.of(framed(first)))
     assert found is not None
-    assert (ids_of(found[0]), found[1]) == the_long_way(read)
+    assert (ids_of(b"".join(ids for ids, _, _ in found)), b"".join(rest for _, _, rest in found)) == (
+        the_long_way(read)
+    )
+
+
+def said(payload):
+    choice = json.loads(payload[len(b"data: ") :])["choices"][0]
+    return choice["delta"]["content"] if "delta" in choice else choice["text"]
+
+
+@pytest.mark.parametrize("make", [chat, completion])
+@given(text=texts, ids=token_ids)
+def test_of_a_chunk_of_the_streams_form_the_text_is_known(make, text, ids):
+    form, payload = Form.of(framed(make("a", [5]))), make(text, ids)
+    (taken,) = take_each(framed(payload), form)
+    if b'"' in json.dumps(text, ensure_ascii=False).encode()[1:-1]:
+        assert taken[1] is None
+    else:
+        assert json.loads(b'"%b"' % taken[1]) == text == said(payload)
+    assert (taken[0], taken[2]) == without_ids(framed(payload))
 
 
 ONE = chat("a", [5])
@@ -106,16 +125,18 @@ OTHERS = [
 @pytest.mark.parametrize("read", OTHERS)
 def test_anything_else_is_left_to_the_long_way(read):
     assert without_ids(read) is None
+    assert Form.of(framed(ONE)).take(read) is None
+    assert take_each(read, Form.of(framed(ONE))) is None
 
 
 @given(st.lists(ordinary, min_size=1, max_size=3), st.sampled_from(OTHERS[2:]), st.integers(0, 3))
 def test_a_read_with_anything_else_in_it_too(payloads, other, at):
     chunks = list(map(framed, payloads))
     chunks.insert(at, other)
-    assert each_without_ids(b"".join(chunks)) is None
+    assert take_each(b"".join(chunks), Form.of(framed(ONE))) is None
 
 
 @given(cut=st.integers(min_value=1, max_value=len(framed(ONE)) - 1))
 def test_a_part_of_a_chunk_is_no_chunk(cut):
     assert without_ids(framed(ONE)[:cut]) is None
-    assert each_without_ids(framed(ONE) + framed(ONE)[:cut]) is None
+    assert take_each(framed(ONE) + framed(ONE)[:cut], Form.of(framed(ONE))) is None
