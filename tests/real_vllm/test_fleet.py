@@ -46,8 +46,8 @@ WEATHER = {
 START_S = 300.0
 
 
-# Half a minute of prompts of a thousand tokens, of which some begin alike: about what one engine can do.
-LOAD = ["--rate", "1", "--duration", "30", "--drain", "240", "--chunk-tokens", "80", "--output-tokens", "16"]
+# Prompts of a thousand tokens, of which some begin alike: about what one engine can do, until it is stopped.
+LOAD = ["--rate", "1", "--duration", "600", "--chunk-tokens", "80", "--output-tokens", "16"]
 LOAD += ["--max-ttft-p99-ms", "240000", "--max-tpot-p99-ms", "10000", "--max-failures", "0"]
 
 
@@ -172,7 +172,8 @@ def test_a_range_of_replicas_follows_what_locust_asks(whole: Fleet, tmp_path: Pa
     running = Running.start(load, tmp_path / "loadtest.log")
     try:
         eventually(lambda: len(whole.ready()) == 3, START_S)
-        assert running.process.wait(START_S) == 0, running.output
+        running.process.send_signal(signal.SIGINT)
+        assert running.process.wait(END_S) == 0, running.output
     finally:
         running.kill()
     assert "<html" in report.read_text()
