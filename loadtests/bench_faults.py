@@ -212,20 +212,20 @@ class Found(NamedTuple):
     """What became of each fault, and of what is sustained and of the overload."""
 
     results: list[Result]
-    overload: tuple[overload.Part, overload.Part] | None
+    overloaded: tuple[overload.Part, overload.Part] | None
 
     @property
     def report(self) -> str:
         """A table of each."""
         faults = [table(HEAD, map(row, self.results))] if self.results else []
-        return "\n\n".join(faults + ([overload.report(*self.overload)] if self.overload else []))
+        return "\n\n".join(faults + ([overload.report(*self.overloaded)] if self.overloaded else []))
 
     @property
     def missed(self) -> list[str]:
         """What must not be."""
         bad = any(result.outcomes[outcome] for result in self.results for outcome in BAD)
         told = ["streams failed or were altered"] if bad else []
-        return told + (overload.missed(*self.overload) if self.overload else [])
+        return told + (overload.missed(*self.overloaded) if self.overloaded else [])
 
 
 @click.command(context_settings={"show_default": True})

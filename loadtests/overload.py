@@ -7,8 +7,9 @@ A part of `scripts/bench faults`; `scripts/bench overload` does the same in virt
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_left
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -78,21 +79,14 @@ async def run(oracle: Oracle, cores: Cores, seconds: float) -> tuple[Part, Part]
     """What the fleet sustains, and twice as much for so many seconds. Raises BenchFailed."""
     async with bed_of(cores, *FLAGS, engine_args=ENGINE_ARGS) as bed:
         capacity = None
-        async for part in raised(bed, oracle):
+        for rate in (FIRST_RATE * RAISE**step for step in itertools.count()):
+            part = await offered("sustained", bed, oracle, rate, STEP_S, SETTLING_S)
             if not part.sustained:
                 break
             capacity = part
         if capacity is None:
             raise BenchFailed(f"{FIRST_RATE:g} requests a second are more than the fleet sustains")
         return capacity, await offered(NAME, bed, oracle, TIMES * capacity.rate, seconds)
-
-
-async def raised(bed: Bed, oracle: Oracle) -> AsyncIterator[Part]:
-    """Ever more load."""
-    rate = FIRST_RATE
-    while True:
-        yield await offered("sustained", bed, oracle, rate, STEP_S, SETTLING_S)
-        rate *= RAISE
 
 
 async def offered(
