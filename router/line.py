@@ -58,15 +58,9 @@ class AdmissionConfig(BaseModel):
     `backlog_s`, `awaiting`: a replica with more seconds of prefill to do, or so many requests that wait for
     their first token, is given no more. `max_waiting`, `max_waiting_tokens`: requests in line, and what is to
     be computed of their prompts. `max_wait_s`: how long each waits at most. `max_late_s`: how long, where an
-<<<<<<< HEAD
-    SLO is stated, after it can no longer meet that; with 0 it is refused as soon as that is certain.
+    SLO is stated, after it can no longer meet that; with 0 it is refused as soon as that is foreseen.
     `max_cold_s`: how long one waits that came while its model had no replica. `priorities`: clients may say
     which class their requests are of; those of a tenant no better one than the tenant's.
-=======
-    SLO is stated, after it can no longer meet that; with 0 it is refused as soon as that is foreseen.
-    `priorities`: clients may say which class their requests are of; those of a tenant no better one than the
-    tenant's.
->>>>>>> faults
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
