@@ -9,19 +9,20 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import ceil
 
 from loadtests.outcomes import Outcome
 from loadtests.trace import BLOCK_TOKENS, Arrival
-from loadtests.twin import MODEL, Content, PolicyFactory, Request, Router, Run, Setting, Twin
+from loadtests.twin import MODEL, Content, PolicyFactory, Request, Router, Run, Setting, Twin, Waiter
 from router.core.autoscale import Ability, Autoscaler, Bounds, Decision, Supply
 from router.core.demand import Work, work
 from router.core.fleet import View
 from router.core.hot_prefixes import HotPrefixes, Prefix
 from router.core.placement import Placement
 from router.core.step_model import StepModel
+from router.line import MOST_PRIORITY
 
 # How often a scaler is asked (seconds).
 TICK_S = 1.0
@@ -101,6 +102,10 @@ class Life:
         return max(0.0, until - max(begins, self.asked_at))
 
 
+class Replay(Request):
+    """A request of nobody's: it is made for what it leaves in the cache."""
+
+
 @dataclass(frozen=True, slots=True)
 class Changes:
     """How replicas come and go. Seconds: what one takes to start; for how long it replays what is hot before
@@ -130,8 +135,10 @@ class Elastic(Twin):
         self._ends = ends
         self._changes = changes
         self._hot = HotPrefixes(chunk_tokens=1)
-        self._replays: dict[str, Iterator[Request]] = {}  # by the request that is under way
+        self._replays: dict[str, Iterator[Replay]] = {}  # by the one that is under way
         self._replayed = 0
+        self._left_over: deque[Prefix] = deque()
+        self._hands_over = False
         self._ability = Ability(StepModel.of("simulated"), setting.engine.num_gpu_blocks * BLOCK_TOKENS)
         self.timeline.at(TICK_S, self._tick)
 
@@ -186,17 +193,14 @@ class Elastic(Twin):
             router.fleet.suspected(id, now)
         self._replay(self._warming(id))
 
-    def _warming(self, id: str) -> Iterator[Request]:
+    def _warming(self, id: str) -> Iterator[Replay]:
         """One request after the other, and at last it is ready."""
         router, budget_s = self._routers[0], self._changes.warm_s
         until = self.timeline.now + budget_s
         for prefix in self._hottest(budget_s, lambda key: True):
             if self.timeline.now >= until or self.lives[id].left_at is not None:
                 break
-            request = self._again(prefix, router)
-            request.flight = router.fleet.started(id, self.timeline.now, request.content.prompt)
-            self._send(request, id)
-            yield request
+            yield self._again(prefix, router, id)
         if self.lives[id].left_at is None:
             self._ready(id)
 
@@ -217,7 +221,10 @@ class Elastic(Twin):
         only_here = self._only_at(id)
         for router in self._routers:
             router.fleet.left(id)
-        self._replay(self._handing_over(only_here))
+        self._left_over.extend(only_here)
+        if not self._hands_over:
+            self._hands_over = True
+            self._replay(self._handing_over())
         self._stop_if_done(id)
 
     def _only_at(self, id: str) -> list[Prefix]:
@@ -231,16 +238,12 @@ class Elastic(Twin):
 
         return self._hottest(self._changes.handover_s, wanted)
 
-    def _handing_over(self, prefixes: Sequence[Prefix]) -> Iterator[Request]:
-        """One after the other, placed as any request."""
-        for prefix in prefixes:
-            request = self._again(prefix, self._routers[0])
-            view, placed = self._look(request, self.timeline.now)
-            if placed is None:
-                return
-            request.flight = request.router.start(request.content, view, placed, self.timeline.now)
-            self._send(request, placed.standing.id)
+    def _handing_over(self) -> Iterator[Replay]:
+        """One after the other in the whole fleet, behind all that users ask."""
+        while self._left_over:
+            request = self._again(self._left_over.popleft(), self._routers[0])
             yield request
+        self._hands_over = False
 
     def _stop_if_done(self, id: str) -> None:
         if not self._in_flight[id]:
@@ -250,33 +253,40 @@ class Elastic(Twin):
     # -- what is replayed
 
     def _hottest(self, budget_s: float, wanted: Callable[[int], bool]) -> list[Prefix]:
-        tokens = budget_s / self._ability.steps.prefill_s(1)
-        return self._hot.hottest(self.timeline.now, tokens / BLOCK_TOKENS, wanted) if budget_s else []
+        blocks = budget_s / self._ability.steps.prefill_s(BLOCK_TOKENS)
+        return self._hot.hottest(self.timeline.now, blocks, wanted) if budget_s else []
 
-    def _again(self, prefix: Prefix, router: Router) -> Request:
-        """The request for one token that computes it."""
+    def _again(self, prefix: Prefix, router: Router, replica: str = "") -> Replay:
+        """The request for one token that computes it, at this replica or at any."""
         ids = array("I", prefix.token_ids).tolist()
-        arrival = Arrival(self.timeline.now, len(ids) * BLOCK_TOKENS, 1, ids)
+        arrival = Arrival(self.timeline.now, len(ids) * BLOCK_TOKENS, 1, ids, priority=MOST_PRIORITY)
+        content, outcome = Content(arrival, self._fresh), Outcome(arrival, 0.0, replica)
         self._replayed += 1
-        return Request(
-            f"replay-{self._replayed}", router, Content(arrival, self._fresh), Outcome(arrival, 0.0)
-        )
+        return Replay(f"replay-{self._replayed}", router, content, outcome)
 
-    def _replay(self, requests: Iterator[Request]) -> None:
+    def _replay(self, requests: Iterator[Replay]) -> None:
         """The next one, whose end brings the one after it."""
-        if (request := next(requests, None)) is not None:
-            self._replays[request.id] = requests
+        if (request := next(requests, None)) is None:
+            return
+        self._replays[request.id] = requests
+        if id := request.outcome.replica:
+            self._send(request, id)
+        elif request.router.line is not None:
+            self._queue(request.router.line, request, *self._look(request, self.timeline.now))
 
-    def _send(self, request: Request, replica: str) -> None:
-        self._in_flight[replica] += 1
-        request.outcome.replica = replica
+    def _send(self, request: Replay, id: str) -> None:
+        """Past the line and the policy: to one that is not given anything else yet."""
+        request.flight = request.router.fleet.started(id, self.timeline.now, request.content.prompt)
+        self._in_flight[id] += 1
         self._requests[request.id] = request
-        self._engines[replica].add(request.id, request.content, 1)
+        self._engines[id].add(request.id, request.content, 1)
 
     # -- what else the twin does not tell
 
     def _start(self, request: Request, view: View, placed: Placement) -> None:
         super()._start(request, view, placed)
+        if isinstance(request, Replay):
+            return
         now, content = self.timeline.now, request.content
         self.placed.append((now, request.outcome))
         ids = array("I", content.ids).tobytes()
@@ -288,6 +298,12 @@ class Elastic(Twin):
             self._replay(self._replays.pop(request.id))
         if self.lives[request.outcome.replica].left_at is not None:
             self._stop_if_done(request.outcome.replica)
+
+    def _refuse(self, waiters: Iterable[Waiter]) -> None:
+        for waiter in waiters:
+            waiter.request.outcome.refused = True
+            if waiter.request.id in self._replays:
+                self._replay(self._replays.pop(waiter.request.id))
 
 
 def run(twin: Elastic, arrivals: Iterable[Arrival]) -> Run:

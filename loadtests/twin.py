@@ -302,8 +302,7 @@ class Twin:
         router.awake = False
         self._move(router, line)
 
-    @staticmethod
-    def _refuse(waiters: Iterable[Waiter]) -> None:
+    def _refuse(self, waiters: Iterable[Waiter]) -> None:
         for waiter in waiters:
             waiter.request.outcome.refused = True
 
