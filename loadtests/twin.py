@@ -190,20 +190,23 @@ class Router:
             self.line.routers = setting.routers
         self.awake = False  # its line is looked at in a moment
         self._policy = policy()
-        size, blocks = setting.engine.block_size, setting.engine.num_gpu_blocks
+        self._engine = setting.engine
         for id in setting.replica_ids:
-            replica = Replica(id, id, (MODEL,), "simulated", block_size=size, num_blocks=blocks)
-            self.fleet.joined(replica, now=0.0)
-            self.fleet.trusted(id, Trust.EXACT, "it is simulated here", size)
+            self.joined(id, 0.0)
+
+    def joined(self, id: str, now: float) -> None:
+        """A replica can be given requests."""
+        size, blocks = self._engine.block_size, self._engine.num_gpu_blocks
+        replica = Replica(id, id, (MODEL,), "simulated", block_size=size, num_blocks=blocks)
+        self.fleet.joined(replica, now)
+        self.fleet.trusted(id, Trust.EXACT, "it is simulated here", size)
 
     def look(
         self, content: Content, reports: Mapping[str, Report], draw: int, now: float
-    ) -> tuple[View, Placement]:
-        """What it sees, and which replica it would choose."""
+    ) -> tuple[View, Placement | None]:
+        """What it sees, and which replica it would choose; None where no replica is ready."""
         view = self.fleet.view(MODEL, draw, content.affinity, now, content.prompt)
-        placed = self._policy(view, content.prompt, reports)
-        assert placed is not None, "all replicas are ready"
-        return view, placed
+        return view, self._policy(view, content.prompt, reports)
 
     def start(self, content: Content, view: View, placed: Placement, now: float) -> Flight:
         """The request is on its way to the replica that was chosen."""
@@ -244,12 +247,13 @@ class Twin:
         request = Request(str(len(self.run.outcomes)), router, Content(arrival, self._fresh), outcome)
         self.run.outcomes.append(outcome)
         view, placed = self._look(request, self.timeline.now)
-        if router.line is None:
-            self._start(request, view, placed)
-        else:
+        if router.line is not None:
             self._queue(router, router.line, request, view, placed)
+        else:
+            assert placed is not None, "without a line there must be a replica"
+            self._start(request, view, placed)
 
-    def _look(self, request: Request, now: float) -> tuple[View, Placement]:
+    def _look(self, request: Request, now: float) -> tuple[View, Placement | None]:
         request.router.gossip.hear()
         return request.router.look(request.content, self._reports, self._chance.getrandbits(64), now)
 
@@ -269,11 +273,11 @@ class Twin:
     # -- the line
 
     def _queue(
-        self, router: Router, line: Line[Waiter], request: Request, view: View, placed: Placement
+        self, router: Router, line: Line[Waiter], request: Request, view: View, placed: Placement | None
     ) -> None:
         now = self.timeline.now
         waiter = self._waiter(router.admission, request, view)
-        if line.passes(waiter, placed, now):
+        if placed is not None and line.passes(waiter, placed, now):
             self._start(request, view, placed)
         else:
             self._refuse(line.enter(waiter, now))
@@ -306,8 +310,7 @@ class Twin:
         router.awake = False
         self._move(router, line)
 
-    @staticmethod
-    def _refuse(waiters: Iterable[Waiter]) -> None:
+    def _refuse(self, waiters: Iterable[Waiter]) -> None:
         for waiter in waiters:
             waiter.request.outcome.refused = True
 

@@ -11,8 +11,9 @@ import msgspec
 
 from router.core.fleet import Fleet
 
-# Rates are told of at most this long (seconds): longer ago is another time of day.
-LOOK_BACK_S = 120.0
+# Rates are told of at most this long (seconds): longer ago is another time of day. So long are the lengths
+# of requests averaged: those of a minute's requests differ by a seventh by chance alone.
+LOOK_BACK_S = 300.0
 # Until an answer ended it is taken to be so long (tokens): between those of the traces, 149 and 343.
 UNTOLD_OUTPUT = 256.0
 
@@ -97,7 +98,8 @@ def work(fleet: Fleet, model: str, lines: Iterable[Queue]) -> Work:
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What is asked in each second: `requests`, `prefill_s` seconds of uncached prefill, `output` tokens.
+    """What is asked in each second: `requests`, `prefill_s` seconds of uncached prefill, `output` tokens; the
+    latter two as much for each request as over all of LOOK_BACK_S.
 
     And now: `waiting` requests that take `waiting_s` seconds of prefill, `in_flight` at replicas, and how
     many tokens of `context` a stream has behind it on average.
@@ -151,7 +153,7 @@ class Meter:
         decoding = sum(work.decoding for work in works)
         return Demand(
             requests=counted.came / passed_s,
-            prefill_s=counted.tokens * s_per_token / passed_s,
+            prefill_s=counted.came * self._tokens_each() * s_per_token / passed_s,
             output=counted.came * output / passed_s,
             waiting=sum(work.waiting for work in works),
             waiting_s=sum(work.waiting_tokens for work in works) * s_per_token,
@@ -167,6 +169,10 @@ class Meter:
         it is cached, and if it has to be placed twice."""
         known = self._sums[-1].minus(self._sums[0])
         return known.prefill_s / known.went if known.went else untold
+
+    def _tokens_each(self) -> float:
+        known = self._sums[-1].minus(self._sums[0])
+        return known.tokens / known.came if known.came else 0.0
 
     def _per_answer(self) -> float:
         known = self._sums[-1].minus(self._sums[0])
