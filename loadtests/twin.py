@@ -277,6 +277,7 @@ class Twin:
     ) -> None:
         now = self.timeline.now
         waiter = self._waiter(router.admission, request, view)
+        waiter.cold = placed is None
         if placed is not None and line.passes(waiter, placed, now):
             self._start(request, view, placed)
         else:
