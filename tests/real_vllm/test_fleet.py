@@ -7,16 +7,13 @@ import json
 import os
 import signal
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import httpx
 import openai
 import pytest
-from integration.fleet import END_S, HERD, Fleet, gone, listens
-from support import Running, eventually
+from integration.fleet import END_S, Fleet, gone, listens
+from support import eventually
 
-from router.config import AUTOSCALING_POLICY
 from router.run_directory import descendants
 from workers.vllm_engine import where_can_run
 
@@ -44,20 +41,6 @@ WEATHER = {
 }
 # Two engines that share two cores with everything else that runs there.
 START_S = 300.0
-
-
-# Prompts of a thousand tokens, of which some begin alike: about what one engine can do, until it is stopped.
-LOAD = ["--rate", "1", "--duration", "600", "--chunk-tokens", "80", "--output-tokens", "16"]
-LOAD += ["--max-ttft-p99-ms", "240000", "--max-tpot-p99-ms", "10000", "--max-failures", "0"]
-
-
-def with_range(config: dict[str, Any]) -> None:
-    """The same fleet with as many replicas as are needed."""
-    application = config["applications"][0]
-    application["autoscaling_policy"] = {"policy_function": AUTOSCALING_POLICY}
-    replicas = {"min": 1, "max": 3, "busy": 0.2, "settle_s": 20, "startup_s": 60}
-    application["args"]["models"][0] |= {"replicas": replicas}
-    application["args"]["router"] |= {"admission": {"max_wait_s": START_S}}
 
 
 @pytest.fixture(scope="module")
@@ -160,24 +143,6 @@ def test_a_killed_replica_takes_its_engine_along_and_is_replaced(whole: Fleet) -
     after = eventually(lambda: len(r := whole.ready()) == 2 and r.keys() != before.keys() and r, START_S)
     assert len(after.keys() & before.keys()) == 1
     assert whole.client().chat.completions.create(model=MODEL, messages=HELLO, max_tokens=4).choices
-
-
-def test_a_range_of_replicas_follows_what_locust_asks(whole: Fleet, tmp_path: Path) -> None:
-    """From a number to a range by `serve deploy`, then 1 to 3 and back; nobody is refused."""
-    whole.redeploy(with_range)
-    # The router is replaced as well: for a moment its admin port is nobody's.
-    eventually(lambda: len(whole.ready()) == 1, START_S, tolerate=httpx.TransportError)
-    report = tmp_path / "report.html"
-    load = [HERD, "loadtest", "rag", "--port", str(whole.port), *LOAD, "--html", report]
-    running = Running.start(load, tmp_path / "loadtest.log")
-    try:
-        eventually(lambda: len(whole.ready()) == 3, START_S)
-        running.process.send_signal(signal.SIGINT)
-        assert running.process.wait(END_S) == 0, running.output
-    finally:
-        running.kill()
-    assert "<html" in report.read_text()
-    eventually(lambda: len(whole.ready()) == 1, START_S)
 
 
 def test_ctrl_c_ends_all_of_it(whole: Fleet) -> None:
