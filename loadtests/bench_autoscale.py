@@ -25,6 +25,7 @@ from loadtests.outcomes import Outcome
 from loadtests.report import spread as with_spread
 from loadtests.report import table
 from loadtests.trace import Arrival, compress, spread
+from router.scaling import Replicas
 
 LASTS_S = 1_500.0
 # Caches are empty at first; figures are of what comes later.
@@ -47,19 +48,9 @@ WARM_S, HANDOVER_S = (0.0, 10.0, 30.0), (0.0, 3.0, 10.0)
 NEWCOMERS, LEAVING = (6, 8), (8, 4)  # how many there are, and then
 
 
-@dataclass(frozen=True)
-class Bounds:
-    """As in a fleet file."""
-
-    min: int = 1
-    max: int = 20
-    busy: float = 0.4
-    idle_s: float = 120.0
-
-
-BOUNDS = Bounds()
+BOUNDS = Replicas(min=1, max=20)
 # Ray's target_ongoing_requests, downscale_delay_s (600 unless told) and upscale_delay_s (30 unless told).
-RAYS = ((6, 600, 0), (4, 600, 0), (8, 600, 0))
+RAYS = ((6, 600, 0), (4, 600, 0), (8, 600, 0), (3, 300, 30))
 
 
 # -- the load

@@ -39,7 +39,8 @@ class Replicas(BaseModel):
 
     `min`, `max`: no fewer and no more; with a `min` of 0 the last one goes after `idle_s` seconds without
     requests, and the first request waits for the next. `initial`: to begin with, `min` if not given. `busy`:
-    for how much of its time a replica may prefill. `settle_s`: so long fewer have to be enough before some
+    for how much of its time a replica may prefill: found in the twin (`scripts/bench autoscale`), where more
+    costs attainment and less GPUs. `settle_s`: so long fewer have to be enough before some
     go, and no shorter than a start takes. `startup_s`: what one takes to start, until the first
     has. `dry_run`: decisions are told and not followed.
     """
@@ -49,7 +50,7 @@ class Replicas(BaseModel):
     min: Annotated[int, Field(ge=0)] = 1
     max: Annotated[int, Field(ge=1)]
     initial: Annotated[int, Field(ge=0)] | None = None
-    busy: Annotated[float, Field(gt=0, lt=1)] = 0.7
+    busy: Annotated[float, Field(gt=0, lt=1)] = 0.4
     settle_s: Annotated[float, Field(ge=0)] = 60.0
     idle_s: Annotated[float, Field(ge=0)] = 300.0
     startup_s: Annotated[float, Field(ge=0)] = 60.0
