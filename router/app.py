@@ -30,8 +30,11 @@ HEALTH_CHECKS = {"health_check_period_s": 1.0, "health_check_timeout_s": 30.0}
 # Serve sleeps this long before it first looks whether a leaving replica is idle. Ours always are (no request
 # passes through Serve), and drain in their own destructor.
 LEAVE = {"graceful_shutdown_wait_loop_s": 0.05}
-# A wrong setting fails every time, a lost race for a port once.
+# A wrong setting fails every time, a lost race for a port once. A model that begins with no replica may be
+# asked for when there is no room for one: there Serve would try no more until the next deployment. It takes
+# the less of this and three for each replica (RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT, see router/cluster.py).
 STARTS = {"max_constructor_retry_count": 2}
+STARTS_AGAIN = {"max_constructor_retry_count": 1_000_000}
 # Serve does at once what routers decide: patience and proportion are theirs (router/core/autoscale.py). What
 # they report is read and sent twice a second.
 FOLLOWS = {
@@ -62,7 +65,7 @@ def _pool(model: ModelConfig) -> Application:
         request_router_config=RequestRouterConfig(request_router_class="router.membership:Directory"),
         **HEALTH_CHECKS,
         **LEAVE,
-        **STARTS,
+        **(STARTS if model.replicas.first else STARTS_AGAIN),
     ).bind(spec, model.drain_s)
 
 

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 # What routers report for a deployment of replicas, by its name (router/deployment.py).
 TARGET = "herd_target:"
-# A report that is older says nothing of now (seconds): routers report every half second (router/app.py).
+# A report says nothing of now that is so much older than another's (seconds): routers report twice a second
+# (router/app.py). Clocks of two machines may differ, so none is compared with the controller's.
 STALE_S = 10.0
 
 
@@ -28,10 +29,11 @@ def as_routers_decide(
     reported: dict[str, int] = {}
     for context in contexts.values():
         for metric, series in context.raw_metrics.items():
-            fresh = [told[-1] for told in series.values() if told]
-            fresh = [last for last in fresh if last.timestamp > context.current_time - STALE_S]
-            if metric.startswith(TARGET) and fresh:
+            last = [told[-1] for told in series.values() if told]
+            if metric.startswith(TARGET) and last:
+                newest = max(each.timestamp for each in last)
                 # For a moment two routers may decide, as one takes over from another: no shrinking by that.
-                reported[metric.removeprefix(TARGET)] = round(max(last.value for last in fresh))
+                fresh = [each.value for each in last if each.timestamp > newest - STALE_S]
+                reported[metric.removeprefix(TARGET)] = round(max(fresh))
     targets = {id: reported.get(id.name, context.target_num_replicas) for id, context in contexts.items()}
     return targets, {}

@@ -20,6 +20,8 @@ ENVIRONMENT = {
     # In spite of its name: with this off, all of Ray stays on the loopback interface.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
+    # How often Serve tries to start a replica is for each deployment to say (router/app.py).
+    "RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": "1000000",
 }
 # Nothing large passes through Ray's object store here. Ray takes no less than 75 MB.
 OBJECT_STORE_BYTES = 100 * 2**20

@@ -69,7 +69,13 @@ class FrontDoor:
         self.metrics = Metrics()
         self._caches = Caches(config, self.fleet, self.metrics)
         self._upstreams = Upstreams()
-        self._warmup = Warmup(config.warmup, self.fleet, self.metrics, lambda: 1 + self._rivals())
+        self._warmup = Warmup(
+            config.warmup,
+            self.fleet,
+            self.metrics,
+            routers=lambda: 1 + self._rivals(),
+            pressed=lambda model: any(map(len, self._relay.lines.of(model))),
+        )
         self._watch = Watch(self.fleet, self.metrics, self._caches, self._upstreams.cut, self._warmup.arrival)
         self._departures: set[asyncio.Task[None]] = set()
         self._silence = Silence(self.fleet, self._upstreams, self._watch)
@@ -185,11 +191,13 @@ class FrontDoor:
 
     async def _depart(self, standing: Standing) -> None:
         """What only it has is computed elsewhere, its streams end; then it is forgotten."""
-        await self._warmup.departure(standing)
-        while standing.in_flight:
-            await asyncio.sleep(DEPART_LOOK_S)
-        if standing.id not in self._watch.followed:  # else it was announced again
-            self.fleet.left(standing.id)
+        try:
+            await self._warmup.departure(standing)
+            while standing.in_flight:
+                await asyncio.sleep(DEPART_LOOK_S)
+        finally:
+            if standing.id not in self._watch.followed:  # else it was announced again
+                self.fleet.left(standing.id)
 
     def meet(self, contacts: Iterable[Contact]) -> None:
         """All router processes as they are now; until somebody tells, those on the same port are known."""

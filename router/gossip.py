@@ -179,9 +179,11 @@ class Gossip(asyncio.DatagramProtocol):
     def _tell_all(self) -> None:
         """All that is had anywhere. What one datagram does not hold follows as if it had come later."""
         loads = iter(self._fleet.loads(self._loop.time()).items())
-        self._tell(dict(islice(loads, MOST_REPLICAS)), whole=True, scaled=self._scalings())
+        self._tell(dict(islice(loads, MOST_REPLICAS)), whole=True)
         while more := dict(islice(loads, MOST_REPLICAS)):
             self._tell(more, whole=False)
+        if scaled := self._scalings():
+            self._tell({}, whole=False, scaled=scaled)
         uses = iter([(name, quota.use) for name, quota in self._quotas().items()])
         while some := dict(islice(uses, MOST_TENANTS)):
             self._tell({}, whole=False, uses=some)

@@ -287,6 +287,9 @@ class Watch:
         self._tell()
         if new:
             await self._warm(replica)
+        if new and not await self._well(endpoint):
+            self.unreachable(endpoint.id, cut=True)
+            return
         self._fleet.recovered(replica.id, self._now())
         self._tell()
         log.info("replica %s serves %s at %s", replica.id, ", ".join(replica.models), replica.url)

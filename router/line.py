@@ -7,7 +7,7 @@ request ends, and else every moment: much of what makes room is time that passes
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from math import ceil, inf, isfinite, nan
 from random import random
@@ -134,7 +134,8 @@ class Lines:
         """
         now = asyncio.get_running_loop().time()
         view, placement = look(now)
-        if call.model not in self._scaled if placement is None else call.family.path in INSTANT:
+        scaled = self._fleet.base(call.model) in self._scaled
+        if not scaled if placement is None else call.family.path in INSTANT:
             return Seen(view, placement)
         queue = self._queues.get(call.model) or self._open(call.model)
         wish = wish_of(call, request, tenant, self._config.priorities)
@@ -144,9 +145,9 @@ class Lines:
             return Seen(view, placement)
         return await queue.wait(waiter)
 
-    def of(self, models: Iterable[str]) -> list[Line[Waiter]]:
-        """The lines of these models, as far as there are any."""
-        return [queue.line for model in models if (queue := self._queues.get(model)) is not None]
+    def of(self, model: str) -> list[Line[Waiter]]:
+        """The lines of a model and of its adapters, as far as there are any."""
+        return [queue.line for name, queue in self._queues.items() if self._fleet.base(name) == model]
 
     def freed(self, model: str) -> None:
         """A replica of the model may have room: a first token came, or a request ended."""

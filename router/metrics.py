@@ -202,8 +202,12 @@ class Metrics:
         )
         self._replicas = self._gauge("replicas", "Replicas by state.", "model", "state")
         self._target = self._gauge(
-            "replicas_target", "How many replicas there are to be, as the routers decided.", "model"
+            "replicas_target",
+            "How many replicas there are to be, as the routers decided; where that is not theirs to decide, "
+            "as many as there are, and one at least.",
+            "model",
         )
+        self._scaled: set[str] = set()
         self._needed = self._gauge(
             "replicas_needed",
             "How many replicas what is asked would take, before hysteresis and bounds.",
@@ -247,6 +251,8 @@ class Metrics:
             self.of(model)
             for state in State:
                 self._replicas.labels(model, state).set(tally[model, state])
+            if model not in self._scaled:
+                self._target.labels(model).set(max(1, sum(tally[model, state] for state in State)))
         for standing in fleet:
             labels = (standing.replica.models[0], standing.id)
             self._in_flight.labels(*labels).set(standing.in_flight)
@@ -268,6 +274,7 @@ class Metrics:
 
     def scaled(self, model: str, target: int, needed: int) -> None:
         """How many replicas of a model there are to be, and how many are needed."""
+        self._scaled.add(model)
         self._target.labels(model).set(target)
         self._needed.labels(model).set(needed)
 

@@ -122,7 +122,7 @@ class Relay:
         self._keyed = self._policy in KEYED
         # Scaling goes by what prompts take, whatever the policy goes by.
         self._prompted = self._policy in PROMPTED or bool(config.scaling)
-        self._may_be_gone = {model for model, replicas in config.scaling.items() if not replicas.min}
+        self._may_be_gone = {model for model, replicas in config.scaling.items() if replicas.may_be_gone}
         self._aliases = config.aliases
         self._allow_transfer = config.allow_kv_transfer_params
         self._fleet = fleet
@@ -140,7 +140,7 @@ class Relay:
         self._budget = RetryBudget()
         self._overdue = Overdue(fleet, self._budget)
         self.lines = Lines(
-            config.admission, config.slos, tenants.weights, fleet, metrics, peers, scaled=config.scaling
+            config.admission, config.slos, tenants.weights, fleet, metrics, peers, scaled=self._may_be_gone
         )
         self.decisions = Decisions(config.policy, config.decisions, metrics.decisions)
         self.arrivals = Arrivals()
@@ -214,7 +214,7 @@ class Relay:
     @property
     def ready(self) -> bool:
         """Every model that is promised or known has a replica that takes requests, or gets one when asked."""
-        models = {*self._promised, *self._fleet.models()}
+        models = {*self._promised, *map(self._fleet.base, self._fleet.models())}
         missing = {model for model in models if not self._fleet.view(model).replicas}
         return bool(models) and missing <= self._may_be_gone
 
@@ -236,7 +236,7 @@ class Relay:
         known = {*self._promised, *self._fleet.models()}
         if not known:
             raise NoCapacity("No replica has joined the fleet yet", retry_after=RETRY_AFTER_S)
-        if call.model not in known:
+        if self._fleet.base(call.model) not in known:
             raise self._unknown(call.model)
         return call
 

@@ -74,6 +74,11 @@ class Replicas(BaseModel):
         return self.min == self.max
 
     @property
+    def may_be_gone(self) -> bool:
+        """That there is no replica is no failure: who asks gets one."""
+        return self.min == 0 and not self.dry_run
+
+    @property
     def first(self) -> int:
         """How many there are to begin with."""
         return self.min if self.initial is None else self.initial
@@ -103,6 +108,7 @@ class Pool:
     scaler: Autoscaler
     startups: StartUps
     target: int
+    version: int = 0
     ability: Ability = field(default_factory=lambda: Ability(StepModel.of()))
     decision: Decision | None = None
     changes: deque[Decision] = field(default_factory=lambda: deque(maxlen=KEPT))
@@ -151,7 +157,7 @@ class Scaling:
     def told(self) -> dict[str, Scaled]:
         """What the other routers are to know."""
         return {
-            model: Scaled(self._work(model), None if self._retired else pool.target)
+            model: Scaled(self._work(model), None if self._retired else pool.target, pool.version)
             for model, pool in self._pools.items()
         }
 
@@ -180,12 +186,11 @@ class Scaling:
     def _decide(self, model: str, pool: Pool) -> None:
         now = asyncio.get_running_loop().time()
         serving = [s for s in self._fleet.of_model(model) if s.state in (State.READY, State.SUSPECT)]
-        said = self._others.scaled.get(self._leader(), {}).get(model)
         if pool.config.dry_run:
             pool.target = len(serving)
-        elif said is not None and said.target is not None:
-            pool.target = said.target
-        pool.startups.look(pool.target, len(serving), now)
+        else:
+            self._adopt(model, pool)
+        pool.startups.look(pool.target, {standing.id for standing in serving}, now)
         if serving:
             pool.ability = ability(serving)
         others = {name: told[model].work for name, told in self._others.scaled.items() if model in told}
@@ -193,16 +198,25 @@ class Scaling:
         supply = Supply(pool.target, len(serving), pool.ability, pool.startups.seconds, self._others.complete)
         self._take(model, pool, pool.scaler.decide(now, works, supply))
 
+    def _adopt(self, model: str, pool: Pool) -> None:
+        """What was decided last, whoever did: a router that has just come, or hung, knows an older one."""
+        for told in self._others.scaled.values():
+            said = told.get(model)
+            if said and said.target is not None and (said.version, said.target) > (pool.version, pool.target):
+                pool.target, pool.version = said.target, said.version
+
     def _take(self, model: str, pool: Pool, decision: Decision) -> None:
+        """What was decided counts if this is the router that decides; else it is what it would have been."""
         pool.decision = decision
-        self._metrics.scaled(model, decision.target, decision.needed)
-        if decision.target == decision.before:
+        leads = self._leader() == self._others.name
+        self._metrics.scaled(model, decision.target if leads else pool.target, decision.needed)
+        if decision.target == decision.before or not leads:
             return
         if not (pool.changes and _same(pool.changes[-1], decision)):
             pool.changes.append(decision)
             told = "replicas of %s: %d to %d, %s" + (" (dry run)" if pool.config.dry_run else "")
             log.info(told, model, decision.before, decision.target, decision.reason)
-        pool.target = decision.target
+        pool.target, pool.version = decision.target, pool.version + 1
 
     def _leader(self) -> str:
         """The first by name of those that decide."""
@@ -211,8 +225,7 @@ class Scaling:
         return min([self._others.name, *deciding])
 
     def _work(self, model: str) -> Work:
-        names = {model, *(name for s in self._fleet.of_model(model) for name in s.replica.adapters)}
-        return work(self._fleet, model, self._lines.of(names))
+        return work(self._fleet, model, self._lines.of(model))
 
 
 def ability(serving: Sequence[Standing]) -> Ability:

@@ -187,7 +187,7 @@ async def relaying(
     )
     caches = Caches(config, fleet, metrics)
     watch = Watch(fleet, metrics, caches)
-    warmup = Warmup(config.warmup, fleet, metrics, routers=lambda: 1)
+    warmup = Warmup(config.warmup, fleet, metrics, routers=lambda: 1, pressed=lambda model: False)
     known = Tenants(tenants, metrics)
     relay = Relay(config, fleet, metrics, watch, caches, upstreams, known, warmup, placed=len)
     async with serving(relay) as (_, port):

@@ -96,7 +96,7 @@ class Autoscaler:
         self._bounds = bounds
         self._tpot_s = tpot_s
         self._meter = Meter(now)
-        self._busy_at = now
+        self._began = self._busy_at = now
         self._needs: deque[tuple[float, int]] = deque()
 
     def decide(self, now: float, works: Mapping[str, Work], supply: Supply) -> Decision:
@@ -162,7 +162,8 @@ class Autoscaler:
             return False
         streams = rate * alone / (left - rate * each)
         pace_s = (alone + each * streams) / left
-        return pace_s <= self._tpot_s and streams * demand.context <= FULL * ability.kv_tokens
+        in_time = pace_s <= self._tpot_s or alone + each >= self._tpot_s  # no fleet makes an engine faster
+        return in_time and streams * demand.context <= FULL * ability.kv_tokens
 
     def _for_line(self, demand: Demand, supply: Supply) -> int:
         """So many that those who still wait when replicas asked for have started are gone DRAIN_S later."""
@@ -190,7 +191,7 @@ class Autoscaler:
             return min(most, needed), why if needed <= most else f"{why}, as many as may be"
         if settled >= target:
             return target, "enough"
-        if not supply.whole or self._meter.remembers_s() < self._settle_s(supply):
+        if not supply.whole or now - self._began < self._settle_s(supply):
             return target, "not all is known"
         if settled == 0 and now - self._busy_at < self._bounds.idle_s:
             settled = 1

@@ -23,7 +23,8 @@ class Counts(NamedTuple):
 
     `came`: requests; `tokens`: of their prompts, those that no replica had cached. `went`: the same tokens of
     the requests that were placed, `prefill_s`: seconds of prefill that were promised for those. `ended`,
-    `output`: answers that came to an end, and their tokens.
+    `output`: answers that came to an end, and their tokens. `placed`: requests at replicas, those too that
+    never were in line, and each again when it was tried again.
     """
 
     came: int = 0
@@ -32,14 +33,15 @@ class Counts(NamedTuple):
     prefill_s: float = 0.0
     ended: int = 0
     output: int = 0
+    placed: int = 0
 
     def plus(self, other: Counts) -> Counts:
         """Both together."""
         return Counts._make(a + b for a, b in zip(self, other, strict=True))
 
     def minus(self, other: Counts) -> Counts:
-        """What was counted since the other."""
-        return Counts._make(a - b for a, b in zip(self, other, strict=True))
+        """What was counted since the other; nothing where that was more, of a router that began anew."""
+        return Counts._make(max(0, a - b) for a, b in zip(self, other, strict=True))
 
 
 class Work(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -55,11 +57,12 @@ class Work(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class Scaled(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """What a router tells the others of a model: what it counted, and how many replicas there are to be; None
-    from one that leaves and decides no more."""
+    """What a router tells the others of a model: what it counted, and how many replicas there are to be, None
+    from one that leaves. `version`: how many decisions led there; the last one counts, whoever made it."""
 
     work: Work
     target: int | None
+    version: int
 
 
 class Queue(Protocol):
@@ -84,6 +87,7 @@ def work(fleet: Fleet, model: str, lines: Iterable[Queue]) -> Work:
         prefill_s=tally.prefill_s,
         ended=tally.ended,
         output=tally.output,
+        placed=tally.placed,
     )
     standings = fleet.of_model(model)
     return Work(
@@ -99,7 +103,8 @@ def work(fleet: Fleet, model: str, lines: Iterable[Queue]) -> Work:
 @dataclass(frozen=True, slots=True)
 class Demand:
     """What is asked in each second: `requests`, `prefill_s` seconds of uncached prefill, `output` tokens; the
-    latter two as much for each request as over all of LOOK_BACK_S.
+    latter two as much for each request as over all of LOOK_BACK_S. And how many requests are `placed`,
+    whether or not they came through the line.
 
     And now: `waiting` requests that take `waiting_s` seconds of prefill, `in_flight` at replicas, and how
     many tokens of `context` a stream has behind it on average.
@@ -112,11 +117,12 @@ class Demand:
     waiting_s: float = 0.0
     in_flight: int = 0
     context: float = 0.0
+    placed: float = 0.0
 
     @property
     def idle(self) -> bool:
         """Nobody asks for anything, waits or is being answered."""
-        return not (self.requests or self.waiting or self.in_flight)
+        return not (self.requests or self.placed or self.waiting or self.in_flight)
 
 
 class Meter:
@@ -159,6 +165,7 @@ class Meter:
             waiting_s=sum(work.waiting_tokens for work in works) * s_per_token,
             in_flight=sum(work.in_flight for work in works),
             context=sum(work.context for work in works) / decoding if decoding else 0.0,
+            placed=counted.placed / passed_s,
         )
 
     def _at(self, time: float) -> Counts:

@@ -60,8 +60,8 @@ class Replica:
 
 
 class State(StrEnum):
-    """Whether a replica is given requests. Those that are suspect are, where no other is ready, and those
-    that warm up where there is no other at all. One that leaves has streams to finish."""
+    """Whether a replica is given requests. Those that warm up are, where no other is ready, and those that
+    are suspect where there is no other at all. One that leaves has streams to finish."""
 
     READY = "ready"
     SUSPECT = "suspect"
@@ -71,7 +71,7 @@ class State(StrEnum):
 
 
 # Who is given requests, as long as there are none of a state before.
-OFFERED = (State.READY, State.SUSPECT, State.WARMING)
+OFFERED = (State.READY, State.WARMING, State.SUSPECT)
 
 
 class Trust(StrEnum):
@@ -113,9 +113,10 @@ NO_LOAD = Load()
 
 @dataclass(slots=True)
 class Tally:
-    """What was counted of a model's replicas, whichever they were: seconds of prefill that were promised,
-    answers that ended, and their tokens."""
+    """What was counted of a model's replicas, whichever they were: requests that were placed, seconds of
+    prefill that were promised, answers that ended, and their tokens."""
 
+    placed: int = 0
     prefill_s: float = 0.0
     ended: int = 0
     output: int = 0
@@ -320,6 +321,7 @@ class Fleet:
 
     index: KVIndex = field(default_factory=KVIndex)
     _standings: dict[str, Standing] = field(default_factory=dict)
+    _bases: dict[str, str] = field(default_factory=dict)
     _tallies: defaultdict[str, Tally] = field(default_factory=lambda: defaultdict(Tally))
     _ready: dict[str, tuple[tuple[Standing, ...], tuple[Standing, ...]]] = field(default_factory=dict)
     _share: frozenset[str] | None = None
@@ -330,6 +332,7 @@ class Fleet:
 
     def joined(self, replica: Replica, now: float, state: State = State.READY) -> None:
         """A replica is there; one already known by its id keeps its standing."""
+        self._bases.update(dict.fromkeys(replica.adapters, replica.models[0]))
         known = self._standings.get(replica.id)
         if known is None:
             steps = StepModel.of(replica.engine)
@@ -454,6 +457,7 @@ class Fleet:
         standing.prefill_s += flight.forecast.prefill_s
         standing.recent_s = standing._own_recent_s(now) + flight.forecast.prefill_s
         standing.recent_at = now
+        standing.tally.placed += 1
         standing.tally.prefill_s += flight.forecast.prefill_s
         standing.in_flight += 1
         standing.streams += not silent
@@ -602,6 +606,10 @@ class Fleet:
     def of_model(self, model: str) -> list[Standing]:
         """Every replica that serves it, in order of their ids."""
         return [standing for standing in self if model in standing.replica.models]
+
+    def base(self, model: str) -> str:
+        """The model that an adapter belongs to, even when no replica of it is there any more; else itself."""
+        return self._bases.get(model, model)
 
     def tally(self, model: str) -> Tally:
         """What was counted of all that ever served it as their first model."""

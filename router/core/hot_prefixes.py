@@ -115,7 +115,7 @@ class HotPrefixes:
             return {}
         earlier = records.pop(next(key for key in reversed(ends) if key in records))
         self.nbytes -= earlier.nbytes
-        return earlier.uses
+        return dict(earlier.uses)  # who is asked for the hottest may be reading those
 
     def hottest(
         self, now: float, budget_tokens: float, wanted: Callable[[int], bool], least: float = 0.0

@@ -67,6 +67,7 @@ BUSY = {"rate": 10, "tokens": 7_000}
         ({"rate": 1, "tokens": 10}, inf, 1, "enough"),
         ({"rate": 40, "tokens": 100, "output": 300}, 0.012, 3, "streams"),
         ({"rate": 200, "tokens": 7_000}, inf, 16, "prefill, as many as may be"),
+        ({"rate": 1, "tokens": 10}, 0.005, 1, "enough"),  # no fleet makes a step of 6 ms shorter
     ],
 )
 def test_as_many_as_what_comes_takes(asked, tpot_s, target, reason):

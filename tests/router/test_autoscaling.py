@@ -43,7 +43,7 @@ FRESH, OLD = NOW - 1, NOW - STALE_S - 1
         ({"one": [(FRESH - 1, 4.0), (FRESH, 0.0)]}, 0),
         ({"one": [(FRESH, 3.0)], "two": [(FRESH, 5.0)]}, 5),
         ({"one": [(OLD, 5.0)], "two": [(FRESH, 3.0)]}, 3),
-        ({"one": [(OLD, 5.0)]}, 2),
+        ({"one": [(OLD, 5.0)]}, 5),  # nobody contradicts
         ({"one": []}, 2),
         ({}, 2),
     ],

@@ -84,16 +84,18 @@ def test_the_work_of_a_router_outlives_its_replicas():
 @pytest.mark.parametrize(
     ("looks", "seconds"),
     [
-        ([(0, 0, 0)], 60.0),
-        ([(0, 0, 0), (1, 0, 5), (1, 1, 25)], 20.0),
-        ([(1, 1, 0), (3, 1, 10), (3, 2, 30), (3, 3, 50)], 30.0),  # 20 and 40
-        ([(2, 0, 0), (2, 2, 1)], 60.0),  # asked for by another
-        ([(2, 2, 0), (2, 1, 10), (2, 2, 90)], 60.0),  # one died and came back
-        ([(0, 0, 0), (2, 0, 5), (1, 0, 10), (1, 1, 15), (2, 1, 20), (2, 2, 27)], 8.5),  # one was called off
+        ([(0, "", 0)], 60.0),
+        ([(0, "", 0), (1, "", 5), (1, "a", 25)], 20.0),
+        ([(1, "a", 0), (3, "a", 10), (3, "ab", 30), (3, "abc", 50)], 30.0),  # 20 and 40
+        ([(2, "", 0), (2, "ab", 1)], 60.0),  # asked for by another
+        ([(3, "ab", 0), (4, "abc", 1), (4, "abcd", 21)], 20.0),  # one that was, and one of ours
+        ([(2, "ab", 0), (2, "a", 10), (2, "ab", 90)], 60.0),  # one was away
+        ([(2, "ab", 0), (2, "a", 10), (2, "ac", 40)], 30.0),  # one died and was replaced
+        ([(0, "", 0), (2, "", 5), (1, "", 10), (1, "a", 15), (2, "a", 20), (2, "ab", 27)], 8.5),  # called off
     ],
 )
 def test_a_start_takes_as_long_as_starts_took(looks, seconds):
     startups = StartUps(60.0)
-    for target, ready, now in looks:
-        startups.look(target, ready, now)
+    for target, serving, now in looks:
+        startups.look(target, set(serving), now)
     assert startups.seconds == seconds

@@ -125,3 +125,11 @@ def test_whatever_was_seen_the_best_that_the_budget_buys_is_told_once(courses, b
         worth = sorted((count for chunks, count in uses.items() if len(chunks) not in unwanted), reverse=True)
         assert bought == 8 * min(budget // 8, len(worth))
         assert bought == 0 or min(prefix.uses for prefix in found) == worth[bought // 8 - 1]
+
+
+def test_what_comes_while_somebody_asks_does_not_disturb_the_answer():
+    """`hottest` runs in a thread beside `saw`."""
+    hot = seen(ids(1, 2))
+    records = list(hot._records.values())
+    hot.saw(block_keys(ids(1, 2, 3), SIZE), ids(1, 2, 3), SIZE, 0.0, "model")
+    assert hot._uses(records, 0.0)[0] == {key(1): 1.0, key(1, 2): 1.0}

@@ -71,14 +71,36 @@ async def test_one_router_decides_and_the_next_goes_on_where_it_left_off():
         await until(lambda: other.targets == {"m": 1})
 
 
+async def test_who_comes_knows_an_older_decision_and_does_not_impose_it():
+    settings: dict[str, Any] = {"scaling": {"m": Replicas(min=0, max=9, settle_s=600)}}
+    async with front_door(**settings) as old:
+        pool = old._scaling._pools["m"]
+        pool.target, pool.version = 6, 3
+        async with front_door(port=old.port, **settings) as new:
+            await until(lambda: [f._scaling._pools["m"].target for f in (old, new)] == [6, 6])
+            await until(lambda: old.targets | new.targets == {"m": 6})
+
+
 async def test_a_dry_run_tells_and_changes_nothing():
-    dry = {"m": Replicas(min=0, max=2, dry_run=True)}
-    async with front_door(scaling=dry) as front, client(front.port) as c:
-        await c.send(CHAT)
-        await until(lambda: bool(front._scaling.described(0.0, history=True)["m"]["changes"]))
-        told = json.loads((await get(front.admin_port, "/scaling"))[2])["m"]
-        assert told["dry_run"] and [change["target"] for change in told["changes"]] == [1]
+    dry = {"m": Replicas(min=2, max=3, dry_run=True)}
+    async with engine(answering(PAGES)) as (_, url), front_door(scaling=dry) as front:
+        front.membership([Endpoint("a", url)])
+        await until(lambda: front.fleet.get("a") is not None)
+
+        def told() -> dict[str, Any]:
+            return front._scaling.described(0.0, history=True)["m"]
+
+        await until(lambda: [change["before"] for change in told()["changes"]] == [1, 0])
+        assert told()["dry_run"] and [change["target"] for change in told()["changes"]] == [2, 2]
         assert front.targets == {}
+
+
+@pytest.mark.parametrize("replicas", [{"min": 1, "max": 2}, {"min": 0, "max": 2, "dry_run": True}])
+async def test_who_gets_no_replica_by_asking_is_told_at_once(replicas):
+    async with front_door(scaling={"m": Replicas(**replicas)}) as front, client(front.port) as c:
+        assert not front.ready
+        await c.send(CHAT)
+        assert (await c.reply())[0] == 503
 
 
 async def test_what_serve_has_already_asked_for_is_where_a_new_router_begins():

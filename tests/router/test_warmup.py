@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from array import array
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -13,9 +14,11 @@ import pytest
 from router_wire import front_door, get, until
 from support import Server, processes, simulated_engine
 
+from router.core.blocks import block_keys
 from router.core.fleet import State, Trust
 from router.front import FrontDoor
 from router.health import Endpoint
+from router.warmup import Origin
 
 EVENTS = json.dumps(
     {
@@ -27,6 +30,7 @@ EVENTS = json.dumps(
 )
 FLAGS = ("--kv-events-config", EVENTS, "--step-time", "0.002,0,0,0", "--enable-prompt-tokens-details")
 PROVEN_S = 60.0
+MINE = Origin("herd-demo", None)
 SHARED = "All that is asked here begins alike, with many words on the herd and its ways. " * 40
 
 
@@ -93,6 +97,20 @@ async def test_a_salted_prefix_is_warm_for_its_owner_alone(engines):
         await known(front, 2)
         assert await cached(new.url, f"{SHARED} 9", cache_salt="mine") > 1_000
         assert await cached(new.url, f"{SHARED} 9") == 0
+
+
+async def test_a_prefix_that_the_engine_refuses_keeps_no_other_from_being_warm(engines):
+    old, new = engines
+    async with fleet_of(old) as front:
+        await asked(front)
+        (hot,) = front._warmup._hot.values()
+        refused = array("I", [2**31] * 600).tobytes()  # no such tokens
+        size = front.fleet.get(old.url).key_blocks
+        for _ in range(9):
+            hot.saw(block_keys(refused, size), refused, size, asyncio.get_running_loop().time(), MINE)
+        announce(front, old, new)
+        await known(front, 2)
+        assert await cached(new.url, f"{SHARED} 9") > 1_000
 
 
 async def test_without_time_for_it_a_replica_comes_cold(engines):
