@@ -17,7 +17,7 @@ import msgspec
 from pydantic import BaseModel, ConfigDict, Field
 
 from router.core.admission import Line, Look, Ticket
-from router.core.fleet import NOTHING_CACHED, Fleet, View
+from router.core.fleet import Fleet, View
 from router.core.placement import Placement
 from router.errors import ApiError, BadRequest, NoCapacity, Overloaded
 from router.health import RETRY_AFTER_S
@@ -184,7 +184,7 @@ class Queue:
             arrived_at,
             arrived_at + ttft_s - unloaded_s,
             look,
-            num_tokens - max(seen.view.cached.values(), default=NOTHING_CACHED).tokens,
+            num_tokens - max((had.known for had in seen.view.cached.values()), default=0),
             strict=wish.ttft_s is not None,
             priority=wish.priority,
             tenant=tenant,

@@ -381,7 +381,7 @@ class Relay:
         prompt, silent = journey.leg.reading.prompt, not journey.call.stream
         journey.flight = self._fleet.started(replica.id, loop.time(), prompt, decision.cached, silent=silent)
         if journey.leg.rest is None:
-            journey.cached_tokens = decision.cached.tokens
+            journey.cached_tokens = decision.cached.known
         self._placed(replica.id)
         decision.ttft_s = journey.flight.forecast.ttft_s
         try:
