@@ -21,8 +21,8 @@ FLEETS = {"none": FLEET, "5x": FLEET.with_name("sim-8b-offload.yaml")}
 # Of each trace, the speeds without a tier and with it. They begin where one seed passed with room to spare:
 # the lower ones would take hours, and bench_placement.py climbs them.
 GRIDS = {
-    "conversation": {"none": steps(2.2, 5.0), "5x": steps(2.45, 5.0)},
-    "synthetic": {"none": steps(2.1, 5.0), "5x": steps(3.1, 5.0)},
+    "conversation": {"none": steps(2.2, 5.0), "5x": steps(2.5, 5.0)},
+    "synthetic": {"none": steps(2.2, 5.0), "5x": steps(3.35, 5.0)},
 }
 
 

@@ -204,6 +204,32 @@ def test_lost_kv_events_leave_a_gap_that_replay_fills(simulated: StartSimulated)
         assert before + 1 in events.replay(before + 1)
 
 
+def test_blocks_on_the_cpu_are_told_with_their_tokens(simulated: StartSimulated) -> None:
+    engine = simulated(
+        speed=50, block_size=16, num_gpu_blocks_override=9, kv_offloading_size=0.01
+    )  # 5 blocks
+
+    def said(first: int) -> None:
+        body = {"prompt": list(range(first, first + 65)), "max_tokens": 1, "cache_salt": "s"}
+        engine.post("/v1/completions", body).raise_for_status()
+
+    with engine.events() as events:
+        said(0)
+        eventually(lambda: events.poll() and len(events.all("BlockStored")) == 5)
+        gpu, *cpu = events.all("BlockStored")
+        assert (gpu["medium"], [event["medium"] for event in cpu]) == ("GPU", ["CPU"] * 4)
+        assert [hash for event in cpu for hash in event["block_hashes"]] == gpu["block_hashes"]
+        assert [event["parent_block_hash"] for event in cpu] == [None, *gpu["block_hashes"][:3]]
+        assert [event["token_ids"] for event in cpu] == [list(range(n, n + 16)) for n in range(0, 64, 16)]
+        assert "extra_keys" in gpu
+        assert not any("extra_keys" in event for event in cpu), "vLLM's connector leaves them out"
+        said(100)
+        eventually(lambda: events.poll() and len(events.all("BlockRemoved")) == 3)
+        removed = events.all("BlockRemoved")
+        assert [event["medium"] for event in removed] == ["CPU"] * 3
+        assert [event["block_hashes"] for event in removed] == [[hash] for hash in gpu["block_hashes"][:0:-1]]
+
+
 def rendered(engine: RunningEngine) -> list[int]:
     return engine.post("/tokenize", {"messages": chat()["messages"]}).json()["tokens"]
 
