@@ -199,9 +199,8 @@ class Standing:
     def forecast(self, num_tokens: int, cached: Cached, now: float) -> Forecast:
         """What a prompt of so many tokens would meet here."""
         before = cached.known
-        prefill, loading = self.steps.prefill_s(num_tokens - before, before), 0.0
-        if cached.slower:
-            loading = self.steps.loading_s(cached.slower)
+        prefill = self.steps.prefill_s(num_tokens - before, before)
+        loading = self.steps.loading_s(cached.slower)
         backlog = self.backlog_s(now)
         step = self.step_s()
         ttft = self.steps.first_token_s(backlog + prefill, step) + loading

@@ -29,7 +29,7 @@ BALANCE = 1.5
 STREAM_TOKENS = 100
 # A second that a stream waits between two tokens, by the seconds that it waits there anyhow: streams that are
 # slow already are close to being too slow.
-HARM = 8.0
+HARM = 5.0
 # A second of prefill where half of all time is prefill: what it takes from those who are yet to come.
 CROWDING = 4.0
 

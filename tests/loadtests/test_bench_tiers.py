@@ -6,11 +6,10 @@ import subprocess
 import sys
 from dataclasses import replace
 
-import pytest
 from support import ROOT
 
-from loadtests.bench_placement import FLEET, Course
-from loadtests.bench_tiers import FLEETS, GRIDS, Result, report
+from loadtests.bench_placement import FLEET, HERD, Course
+from loadtests.bench_tiers import FLEETS, GRIDS, POLICY, Result, report
 from loadtests.simulate import fleet_of
 from loadtests.trace import Arrival
 from router.slo import Slo
@@ -25,18 +24,12 @@ TINY = Course(
 
 
 def test_the_climb_ends_at_the_first_failure_with_the_run_before_it() -> None:
-    assert Result.of(TINY, 0) == Result(3, TINY.run(policy(), 0, 3))
+    assert Result.of(TINY, 0) == Result(3, TINY.run(HERD[POLICY], 0, 3))
     assert Result.of(replace(TINY, grid=[100, 3]), 0).speed == 0
 
 
-def policy():
-    from loadtests.bench_placement import HERD
-
-    return HERD["kv_aware"]
-
-
 def test_fleets_are_compared_seed_by_seed() -> None:
-    summary = TINY.run(policy(), 0, 3)
+    summary = TINY.run(HERD[POLICY], 0, 3)
     none, tier = ([Result(speed, summary) for speed in speeds] for speeds in ([2.0, 2.5], [3.0, 3.0]))
     rows = report({"none": none, "5x": tier}).splitlines()[2:]
     assert [row.strip("| ").split(" | ")[:3] for row in rows] == [
@@ -51,8 +44,7 @@ def test_only_the_tier_tells_the_fleets_apart() -> None:
     assert all(grids.keys() == FLEETS.keys() for grids in GRIDS.values())
 
 
-@pytest.mark.parametrize("name", ["synthetic"])
-def test_the_command_prints_a_row_for_each_fleet(name: str) -> None:
-    argv = [sys.executable, "-m", "loadtests.bench_tiers", "--quick", "--trace", name]
+def test_the_command_prints_a_row_for_each_fleet() -> None:
+    argv = [sys.executable, "-m", "loadtests.bench_tiers", "--quick", "--trace", "synthetic"]
     said = subprocess.check_output(argv, cwd=ROOT, text=True, timeout=120)
     assert [row.split(" | ")[0] for row in said.splitlines()[2:]] == ["| none", "| 5x"]
