@@ -118,6 +118,8 @@ def run(
     """
     users = users_of(scenario, users, given)
     url = (host or f"http://127.0.0.1:{port}").rstrip("/")
+    if "://" not in url:
+        raise click.UsageError(f"--host {host}: a URL is expected, such as http://{host}")
     settings = {
         **given,
         "api_key": next(iter((given["api_key"] or "").split()), ""),  # HERD_API_KEY may hold several

@@ -164,6 +164,7 @@ class ScenarioUser(FastHttpUser):
     # ... and none waits here for a connection: so many at once no test has.
     concurrency = 100_000
     _numbers = itertools.count()
+    _ending: ClassVar[bool] = False
 
     def __init__(self, environment: Environment) -> None:
         super().__init__(environment)
@@ -188,9 +189,16 @@ class ScenarioUser(FastHttpUser):
             if not models:
                 told = listing.text if listing.status_code else listing.error
                 listing.failure(f"no model: status {listing.status_code}: {told}")
-                gevent.spawn(self.environment.runner.quit)
+                self._end_the_run()
+                self._leaving.wait()
                 raise gevent.GreenletExit
             self._model = models[0]["id"]
+
+    def _end_the_run(self) -> None:
+        """Once, however many users find that there is nothing to do."""
+        if not ScenarioUser._ending:
+            ScenarioUser._ending = True
+            gevent.spawn(self.environment.runner.quit)
 
     def stop(self, force: bool = False) -> bool:
         """From now on nothing new is asked."""
@@ -222,7 +230,7 @@ class ScenarioUser(FastHttpUser):
             self._held.spawn(self._hold, session, due)
         self._held.join()
         if not self._leaving.is_set():
-            gevent.spawn(self.environment.runner.quit)
+            self._end_the_run()
             self._leaving.wait()
 
     def _hold(self, session: Session, due: float | None = None) -> None:

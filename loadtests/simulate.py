@@ -20,6 +20,7 @@ from router.core.placement import POLICIES as CORE
 from router.errors import ConfigError
 from workers.command import flags
 from workers.simulated import options
+from workers.simulated_engine import arguments
 
 # Herd's own, behind its waiting line as the router has it, and what others do.
 POLICIES: Mapping[str, PolicyFactory] = {
@@ -48,7 +49,7 @@ def fleet_of(path: Path, replicas: int | None = None, routers: int | None = None
     if model.engine != "simulated":
         raise ConfigError(f"{path}: models.0.engine: only a simulated one can be simulated")
     try:
-        engine = options.read(flags(model.engine_args))
+        engine = options.read(flags(arguments(model)))
         setting = Setting(
             engine.engine_config(),
             replicas or model.replicas.max,
@@ -95,11 +96,13 @@ def title(trace: str, speed: float, arrivals: Sequence[Arrival], fleet: Fleet) -
     """What is asked, and of what."""
     setting, slo, last = fleet.setting, fleet.model.slo, arrivals[-1].at
     requests, tokens = len(arrivals), sum(arrival.input_length for arrival in arrivals)
-    cache = (setting.engine.num_gpu_blocks - 1) * BLOCK_TOKENS
+    cache = f"{(setting.engine.num_gpu_blocks - 1) * BLOCK_TOKENS:,} tokens of KV cache"
+    if on_cpu := setting.engine.num_cpu_blocks * BLOCK_TOKENS:
+        cache += f", {on_cpu:,} on the CPU"
     return (
         f"{trace} x {speed:g}: {requests:,} requests in {last / 60:.1f} min, "
         f"{requests / last:.2f} and {tokens / last:,.0f} prompt tokens a second\n"
-        f"{setting.replicas} x {fleet.model.name} ({fleet.engine.preset}, {cache:,} tokens of KV cache), "
+        f"{setting.replicas} x {fleet.model.name} ({fleet.engine.preset}, {cache}), "
         f"routers: {setting.routers}\n"
         f"SLO: first token in {slo.ttft_s:g} s or {slo.ttft_times:g} x an idle engine's time, "
         f"then one each {1e3 * slo.tpot_s:g} ms"

@@ -261,7 +261,7 @@ class Twin:
         outcome, replica = request.outcome, placed.standing.id
         flight = request.flight = request.router.start(request.content, view, placed, self.timeline.now)
         self._in_flight[replica] += 1
-        outcome.replica, outcome.predicted = replica, flight.cached.tokens
+        outcome.replica, outcome.predicted = replica, flight.cached.known
         outcome.crowding = self._crowding()
         self._requests[request.id] = request
         self._engines[replica].add(request.id, request.content, outcome.arrival.output_length)
@@ -287,7 +287,7 @@ class Twin:
     def _waiter(self, admission: AdmissionConfig, request: Request, view: View) -> Waiter:
         now, unloaded = self.timeline.now, request.outcome.unloaded
         due = start_by(now, self._slo.first_token_s(unloaded), unloaded, admission.backlog_s)
-        tokens = view.num_tokens - max((had.tokens for had in view.cached.values()), default=0)
+        tokens = view.num_tokens - max((had.known for had in view.cached.values()), default=0)
         patience = admission.max_late_s if self._setting.slo else inf
         priority = request.outcome.arrival.priority
         look = partial(self._look, request)
@@ -374,11 +374,11 @@ class Reports(Mapping[str, Report]):
 
 
 def typed(events: Iterable[CacheEvent]) -> list[KVEvent]:
-    """As KV events tell it; blocks that leave one after the other share an event."""
+    """As KV events tell it; blocks that leave a tier one after the other share an event."""
     told: list[KVEvent] = []
-    for kind, group in groupby(events, type):
+    for (kind, tier), group in groupby(events, lambda event: (type(event), getattr(event, "tier", None))):
         if kind is Removed:
-            told.append(BlockRemoved([cast(BlockHash, cast(Removed, event).key) for event in group]))
+            told.append(BlockRemoved([cast(BlockHash, cast(Removed, event).key) for event in group], tier))
         elif kind is Stored:
             told += [_stored(cast(Stored, event)) for event in group]
         else:
@@ -390,4 +390,5 @@ def _stored(event: Stored) -> BlockStored:
     content = cast(Content, event.owner)
     blocks = slice(event.first, event.first + event.count)
     parent = content.keys[event.first - 1] if event.first else None
-    return BlockStored(cast(list[BlockHash], content.keys[blocks]), content.ids[blocks], 1, parent)
+    hashes = cast(list[BlockHash], content.keys[blocks])
+    return BlockStored(hashes, content.ids[blocks], 1, parent, event.tier)

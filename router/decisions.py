@@ -35,10 +35,10 @@ BRANCHES = (BLIND, COLD, CACHED, AWAY)
 # What is kept of a candidate: requests in flight, sequences decoding; where the policy goes by more also
 # tokens cached at hand, on slower tiers, what was FORECAST, and its cost.
 LOAD = Struct("2i")
-CANDIDATE = Struct("4i6f")
-FORECAST = ("backlog_s", "prefill_s", "step_s", "ttft_s", "busy")
-UNTOLD = Forecast(nan, nan, nan, nan, nan, 0)
-UNKNOWN = (0, 0, *[nan] * 6)
+CANDIDATE = Struct("4i7f")
+FORECAST = ("backlog_s", "prefill_s", "step_s", "ttft_s", "busy", "loading_s")
+UNTOLD = Forecast(nan, nan, nan, nan, nan, 0, nan)
+UNKNOWN = (0, 0, *[nan] * 7)
 # Of the error that ended a stream as much is kept; vLLM's sentences are shorter.
 ERROR_BYTES = 300
 # What a header's value does not hold (RFC 9110, section 5.5, less what is not ASCII).
@@ -48,7 +48,7 @@ _UNSAID = re.compile(r"[^\x20-\x7e]+")
 class DecisionsConfig(BaseModel):
     """What is told of decisions.
 
-    `keep`: the newest so many, in each router process; one takes about 0.7 KiB, and 40 bytes more for each
+    `keep`: the newest so many, in each router process; one takes about 0.7 KiB, and 44 bytes more for each
     replica of its model. `headers`: replies tell theirs, in x-route-decision and x-herd-replica.
     """
 
@@ -233,6 +233,7 @@ def _packed(view: View, placement: Placement) -> bytearray:
             forecast[2],
             forecast[3],
             forecast[4],
+            forecast[6],
             cost,
         )
         place += CANDIDATE.size
@@ -296,7 +297,7 @@ def _predicted(decision: Decision) -> dict[str, Any]:
     known = decision.num_tokens > 0
     return {
         "prompt_tokens": decision.num_tokens if known else None,
-        "cached_tokens": decision.cached.tokens if known else None,
+        "cached_tokens": decision.cached.known if known else None,
         "ttft_s": decision.ttft_s if known else None,
     }
 

@@ -168,6 +168,7 @@ CANDIDATES: dict[str, Callable[[Told], str | None]] = {
     "CACHED": lambda c: _count(c["cached_tokens"]),
     "SLOWER": lambda c: _count(c["slower_tokens"]),
     "BACKLOG": lambda c: _seconds(c["backlog_s"]),
+    "LOADING": lambda c: _seconds(c["loading_s"]) if c["slower_tokens"] else None,
     "PREFILL": lambda c: _seconds(c["prefill_s"]),
     "FIRST TOKEN": lambda c: _seconds(c["ttft_s"]),
     "STEP": lambda c: _seconds(c["step_s"]),

@@ -17,7 +17,7 @@ import msgspec
 from pydantic import BaseModel, ConfigDict, Field
 
 from router.core.admission import Line, Look, Ticket, start_by
-from router.core.fleet import NOTHING_CACHED, Fleet, View
+from router.core.fleet import Fleet, View
 from router.core.placement import Placement
 from router.core.step_model import StepModel
 from router.errors import ApiError, BadRequest, NoCapacity, Overloaded
@@ -204,7 +204,7 @@ class Queue:
             arrived_at,
             start_by(arrived_at, ttft_s, unloaded_s, self._config.backlog_s),
             look,
-            num_tokens - max(seen.view.cached.values(), default=NOTHING_CACHED).tokens,
+            num_tokens - max((had.known for had in seen.view.cached.values()), default=0),
             patience_s=patience_s,
             cold=cold and wish.ttft_s is None,
             priority=wish.priority,

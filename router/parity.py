@@ -191,7 +191,7 @@ class Parity:
             counts = f"{usage.prompt_tokens} tokens of a prompt, the router {prompt.num_tokens}"
             self._doubt(subject, Doubt.TOKENS_DIFFER, f"its engine counted {counts}")
             return
-        predicted = flight.cached.tokens + flight.cached.slower
+        predicted = flight.cached.known
         if not subject.record.reports:
             self._unreported(subject, predicted, usage.prompt_tokens)
             return

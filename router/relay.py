@@ -389,7 +389,7 @@ class Relay:
         prompt, silent = journey.leg.reading.prompt, not journey.call.stream
         journey.flight = self._fleet.started(replica.id, loop.time(), prompt, decision.cached, silent=silent)
         if journey.leg.rest is None:
-            journey.cached_tokens = decision.cached.tokens
+            journey.cached_tokens = decision.cached.known
             if prompt is not None and journey.leg.reading.exact:
                 self._warmup.saw(journey.flight, prompt, journey.call.model, journey.leg.reading.salt)
         self._placed(replica.id)

@@ -10,7 +10,8 @@ import httpx
 from router.errors import HerdError
 
 # Errors whose message is a sentence for whoever started the fleet, as they stand in a Serve traceback.
-SENTENCE = re.compile(r"(?:EngineStartError|VllmNotFoundError|ListenError|ConfigError)\S*: (.+)")
+ERRORS = ("EngineStartError", "VllmNotFoundError", "UnsupportedError", "ListenError", "ConfigError")
+SENTENCE = re.compile(rf"(?:{'|'.join(ERRORS)})\S*: (.+)")
 APPLICATIONS = "/api/serve/applications/"
 # The first config starts Serve's controller, which takes seconds on a busy machine.
 DEPLOY_S = 120.0

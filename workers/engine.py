@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from workers.command import RESERVED, Address, Command, flag_name
 from workers.simulated_engine import SimulatedEngine
@@ -16,6 +16,21 @@ from workers.vllm_engine import VllmEngine
 DEMO = "demo"
 
 Scalar = str | int | float | bool | None
+
+
+class KvOffload(BaseModel):
+    """A second tier of the KV cache, in host memory: prompts' blocks are copied there, and loaded from there.
+
+    `cpu_gib`: GiB for each replica, over all its GPUs together.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    cpu_gib: float = Field(gt=0, allow_inf_nan=False)
+
+
+# The flags that `kv_offload` stands for.
+OFFLOADING = ("kv-offloading-size", "kv-offloading-backend", "kv-transfer-config")
 
 
 class EngineSpec(BaseModel):
@@ -30,6 +45,7 @@ class EngineSpec(BaseModel):
         default_factory=dict, description="vLLM's flags, with or without the leading dashes"
     )
     env: dict[str, str] = Field(default_factory=dict)
+    kv_offload: KvOffload | None = None
 
     @property
     def demo(self) -> bool:
@@ -48,6 +64,13 @@ class EngineSpec(BaseModel):
                 raise ValueError(f"'{key}' is given twice")
             kept[name] = value
         return kept
+
+    @model_validator(mode="after")
+    def _offloads_in_one_way(self) -> EngineSpec:
+        given = [name for name in self.engine_args if name.partition(".")[0] in OFFLOADING]
+        if self.kv_offload is not None and given:
+            raise ValueError(f"kv_offload: engine_args sets '{given[0]}' as well; only one of them can")
+        return self
 
 
 class Engine(Protocol):
@@ -69,6 +92,6 @@ class Engine(Protocol):
 def make_engine(spec: EngineSpec) -> Engine:
     """The engine for this model, on this machine; makes the demo model if it is that and not there yet.
 
-    Raises VllmNotFoundError where vLLM is asked for and cannot run.
+    Raises VllmNotFoundError where vLLM is asked for and cannot run, UnsupportedError where not as asked.
     """
     return VllmEngine.prepare(spec) if spec.engine == "vllm" else SimulatedEngine.prepare(spec)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from workers import demo_model
 from workers.command import Address, Command, contract_flags, flags
@@ -30,9 +30,15 @@ class SimulatedEngine:
     def command(self, at: Address) -> Command:
         """`python -m workers.simulated`, with vLLM's flags."""
         contract = {"model": self.model, **contract_flags(self.spec.name, at)}
-        argv = [sys.executable, "-m", "workers.simulated", *flags(contract | self.spec.engine_args)]
+        argv = [sys.executable, "-m", "workers.simulated", *flags(contract | arguments(self.spec))]
         return Command(argv, {"VLLM_HOST_IP": at.host, **self.spec.env})
 
     def explain(self, exit_code: int | None, log: str) -> str:
         """Why it did not start."""
         return explain(exit_code, log)
+
+
+def arguments(spec: EngineSpec) -> dict[str, Any]:
+    """The flags of its modelled speed and memory."""
+    offload = {"kv-offloading-size": spec.kv_offload.cpu_gib} if spec.kv_offload else {}
+    return spec.engine_args | offload

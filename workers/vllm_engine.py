@@ -61,6 +61,10 @@ class VllmNotFoundError(Exception):
     """vLLM cannot run here; the message says why."""
 
 
+class UnsupportedError(Exception):
+    """vLLM cannot do here what a setting asks; the message names its key."""
+
+
 @dataclass(frozen=True, slots=True)
 class VllmEngine:
     """`vllm serve` for one model."""
@@ -79,11 +83,13 @@ class VllmEngine:
     def prepare(cls, spec: EngineSpec) -> VllmEngine:
         """For this model, with the vLLM of this machine; makes the demo model if it is that.
 
-        Raises VllmNotFoundError where vLLM cannot run.
+        Raises VllmNotFoundError where vLLM cannot run, UnsupportedError where not as it is asked to.
         """
         installation, place = find(), where_can_run()
         if installation is None or place.platform is None:
             raise VllmNotFoundError(place.reason)
+        if spec.kv_offload and place.platform == "cpu":
+            raise UnsupportedError(f"kv_offload: vLLM offloads from GPUs only, and here {place.reason}")
         model = str(demo_model.ensure()) if spec.demo else spec.source
         return cls(spec, model, installation, place.platform)
 
@@ -106,7 +112,17 @@ class VllmEngine:
         on_cpu = CPU_FLAGS if self.platform == "cpu" else {}
         demo = DEMO_FLAGS if self.spec.demo else {}
         demo_on_cpu = DEMO_CPU_FLAGS if on_cpu and demo else {}
-        return on_cpu | demo | demo_on_cpu
+        return on_cpu | demo | demo_on_cpu | self._offloading()
+
+    def _offloading(self) -> dict[str, Any]:
+        """vLLM's own connector; without `self_describing_kv_events` its events tell no tokens."""
+        if self.spec.kv_offload is None:
+            return {}
+        return {
+            "kv-offloading-size": self.spec.kv_offload.cpu_gib,
+            "kv-offloading-backend": "native",
+            "kv-transfer-config": {"kv_connector_extra_config": {"self_describing_kv_events": True}},
+        }
 
     def _environment(self, at: Address) -> dict[str, str]:
         env = {

@@ -217,12 +217,14 @@ class Standing:
 
     def forecast(self, num_tokens: int, cached: Cached, now: float) -> Forecast:
         """What a prompt of so many tokens would meet here."""
-        before = cached.tokens + cached.slower
-        prefill = self.steps.prefill_s(num_tokens - before, before) + self.steps.loading_s(cached.slower)
+        before = cached.known
+        prefill = self.steps.prefill_s(num_tokens - before, before)
+        loading = self.steps.loading_s(cached.slower)
         backlog = self.backlog_s(now)
         step = self.step_s()
-        ttft = self.steps.first_token_s(backlog + prefill, step)
-        return Forecast(backlog, prefill, step, ttft, self.busy(now), self.decoding + self.elsewhere.decoding)
+        ttft = self.steps.first_token_s(backlog + prefill, step) + loading
+        decoding = self.decoding + self.elsewhere.decoding
+        return Forecast(backlog, prefill, step, ttft, self.busy(now), decoding, loading)
 
 
 class Cached(NamedTuple):
@@ -235,6 +237,11 @@ class Cached(NamedTuple):
     slower: int = 0
     blocks: int = 0
 
+    @property
+    def known(self) -> int:
+        """Tokens on whatever tier: what the engine need not compute, and reports as cached."""
+        return self.tokens + self.slower
+
 
 NOTHING_CACHED = Cached()
 
@@ -242,7 +249,8 @@ NOTHING_CACHED = Cached()
 class Forecast(NamedTuple):
     """Seconds: of prefill ahead of a request, of its own prefill, of a step there, until its first token.
 
-    `busy`: the share of time that goes into prefill there, below 1. `decoding`: streams there.
+    `busy`: the share of time that goes into prefill there, below 1. `decoding`: streams there. `loading_s`:
+    seconds to load what it has on slower tiers; only the request waits for that, others go on meanwhile.
     """
 
     backlog_s: float
@@ -251,6 +259,7 @@ class Forecast(NamedTuple):
     ttft_s: float
     busy: float
     decoding: int
+    loading_s: float = 0.0
 
     @property
     def pace_s(self) -> float:
@@ -389,7 +398,7 @@ class Fleet:
         standing.judged = True
 
     def apply(self, replica_id: str, event: KVEvent) -> Keys:
-        """What a replica's cache gained or lost. Returns the keys of the blocks that left."""
+        """What a replica's cache gained or lost. Returns the keys of the blocks that are on no tier now."""
         standing = self._standings.get(replica_id)
         if standing is None or not self.knows(replica_id):
             return []
@@ -447,7 +456,9 @@ class Fleet:
         flight = Flight(standing, now, num_tokens, cached, forecast, silent=silent)
         if prompt is not None and standing.trust is not Trust.LOAD:
             keys, flight.known_by = prompt.keys(standing.key_blocks), standing.known_by
-            flight.expected = self.index.expect(flight.known_by, keys[cached.blocks :])
+            # What is loaded will be at hand as well.
+            at_hand = cached.blocks - cached.slower // (standing.key_blocks or TEXT_BLOCK_TOKENS)
+            flight.expected = self.index.expect(flight.known_by, keys[at_hand:])
             last = keys[max(0, cached.blocks - 1) : cached.blocks]
             flight.confirmed = self.index.told(last, standing.bit) == len(last)
             flight.history = keys if standing.trust is Trust.APPROXIMATE else []
@@ -472,7 +483,9 @@ class Fleet:
         if not flight.silent:
             forecast = flight.forecast
             prefill = forecast.backlog_s + forecast.prefill_s
-            flight.standing.steps.observe_first_token(forecast.ttft_s, prefill, now - flight.started_at)
+            observed = now - flight.started_at
+            steps = flight.standing.steps
+            steps.observe_first_token(forecast.ttft_s, prefill, observed, forecast.loading_s)
         self._decodes(flight, now)
 
     def _settle(self, standing: Standing, now: float) -> None:

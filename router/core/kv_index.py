@@ -175,7 +175,7 @@ class KVIndex:
     # -- what replicas tell, and what is sent to them
 
     def apply(self, bit: int, event: BlockStored | BlockRemoved) -> Keys:
-        """What a replica's event says. Returns the keys of the blocks that left."""
+        """What a replica's event says. Returns the keys of the blocks that it has on no tier any more."""
         if self._stale:
             next(self._sweeper, None)
         source = self._sources[bit]
@@ -312,8 +312,8 @@ class KVIndex:
                 self._age(shard)
         return again
 
-    def _drop(self, key: int, bits: int) -> bool:
-        """A block is not there any more. True if nobody has it."""
+    def _drop(self, key: int, bits: int) -> int:
+        """A block is not there any more. Returns who still has it, in bits."""
         shard = key % self._count
         table = self._young[shard]
         held = table.get(key)
@@ -322,9 +322,9 @@ class KVIndex:
             held = table.get(key, 0)
         if left := held & ~bits:
             table[key] = left
-            return False
+            return left
         table.pop(key, None)
-        return True
+        return 0
 
     def _age(self, shard: int) -> None:
         """A shard's young are old from now on, and its old are gone."""
@@ -409,18 +409,22 @@ class KVIndex:
         if tier is None or event.group_idx not in (None, source.group):
             return []
         named, young, count, surplus = self._named, self._young, self._count, self._surplus
-        left, bit = [], source.bit << tier
+        left, bit, tiers = [], source.bit << tier, source.bit * (ALL >> 1)
         for name in source.names(event.block_hashes):
             names = named[name % count]
             key = names.get(name)
             if key is None or (surplus and self._one_copy_less(key, bit)):
                 continue
-            left.append(key)
             blocks = young[key % count]
-            if blocks.get(key) == bit:  # most are held by one replica
+            if blocks.get(key) == bit:  # most are held by one replica, on one tier
                 del blocks[key], names[name]
-            elif self._drop(key, bit):
+                left.append(key)
+                continue
+            held = self._drop(key, bit)
+            if not held:
                 del names[name]
+            if not held & tiers:
+                left.append(key)
         return left
 
     def _copied(self, key: int, bit: int) -> None:

@@ -130,7 +130,7 @@ def kv_aware(view: View) -> Placement | None:
     cheapest = [place for place, cost in enumerate(costs) if cost == least]
     chosen = view.replicas[cheapest[view.turn % len(cheapest)]]
     cached = had(chosen.id, NOTHING_CACHED)
-    told = f"costs least ({least:.3f} s), {cached.tokens} tokens cached"
+    told = f"costs least ({least:.3f} s), {cached.known} tokens cached"
     return Placement(chosen, told, costs, forecasts)
 
 

@@ -1,8 +1,8 @@
 """How long prefill and decode take on one replica; calibrates itself by what was observed.
 
 A step takes a + b * prefill tokens + e * attention pairs + c * decoding sequences + d * context tokens. The
-prior says how these relate to each other on a kind of engine; two factors, one for prefill and one for
-decoding, are learnt online, because wrong constants cost more than wrong policies.
+prior says how these relate to each other on a kind of engine; three factors, for prefill, for decoding and
+for loading from slower tiers, are learnt online, because wrong constants cost more than wrong policies.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ class StepCosts:
     loading: float
 
 
-# Roofline estimates for an 8B model on one H100, whose 128 KiB of KV a token come over PCIe at 25 GB/s; the
-# factors take care of other models and machines.
-GPU = StepCosts(6e-3, 33e-6, 45e-6, 5.6e-8, 1.3e-9, 5e-6)
+# Roofline estimates for an 8B model on one H100, whose 128 KiB of KV a token come from the host's memory over
+# PCIe 5.0 at 50 GB/s; the factors take care of other models and machines.
+GPU = StepCosts(6e-3, 33e-6, 45e-6, 5.6e-8, 1.3e-9, 2.6e-6)
 # By the kind of engine. On a CPU: what a 26M model does on one core.
 PRIORS: Mapping[str, StepCosts] = MappingProxyType(
-    {"vllm": GPU, "simulated": GPU, "vllm-cpu": StepCosts(8e-3, 7.5e-4, 5e-4, 1e-7, 1e-8, 5e-6)}
+    {"vllm": GPU, "simulated": GPU, "vllm-cpu": StepCosts(8e-3, 7.5e-4, 5e-4, 1e-7, 1e-8, 2.6e-6)}
 )
 
 
@@ -93,6 +93,7 @@ class StepModel:
     prior: StepCosts
     prefill: Factor = field(default_factory=Factor)
     decode: Factor = field(default_factory=Factor)
+    loading: Factor = field(default_factory=Factor)
 
     @classmethod
     def of(cls, engine: str = "vllm") -> StepModel:
@@ -111,19 +112,23 @@ class StepModel:
 
     def loading_s(self, tokens: int) -> float:
         """Seconds to load the KV of so many tokens from a slower tier."""
-        return self.prior.loading * tokens
+        return self.loading.value * self.prior.loading * tokens
 
     def first_token_s(self, prefill: float, step: float) -> float:
         """Seconds until a line of so many seconds of prefill is done: each step of it decodes as well."""
         return prefill + step * (1 + prefill / self.prefill_s(STEP_TOKENS))
 
-    def observe_first_token(self, predicted: float, prefill: float, observed: float) -> None:
-        """A first token that was `predicted` to take so long, `prefill` of it for prefilling.
+    def observe_first_token(
+        self, predicted: float, prefill: float, observed: float, loading: float = 0.0
+    ) -> None:
+        """A first token that was `predicted` to take so long, `prefill` of it for prefilling, and `loading`.
 
-        Where little of it is prefill it tells little of prefill.
+        It tells of what most of it was.
         """
         if prefill > predicted / 2:
             self.prefill.observe(predicted, observed)
+        elif loading > predicted / 2:
+            self.loading.observe(predicted, observed)
 
     def observe_stream(self, num_tokens: int, step: float, decoding_s: float) -> None:
         """A stream's tokens after the first, and what they took beside prefills; `step` predicted of one."""
@@ -134,7 +139,7 @@ class StepModel:
 def fade(kin: Sequence[StepModel], passed_s: float) -> None:
     """Time goes by for replicas that should be alike: the same kind of engine with the same model."""
     share = 1 - exp(-passed_s / FADE_S)
-    for factors in ([steps.prefill for steps in kin], [steps.decode for steps in kin]):
+    for factors in zip(*((steps.prefill, steps.decode, steps.loading) for steps in kin), strict=True):
         common = _common(factors)
         for factor in factors:
             factor.fade(common, share)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,15 @@ def test_engine_args_are_those_of_the_engine(tmp_path: Path) -> None:
     args = {"preset": "70b-4xh100", "block_size": 512, "max-num-seqs": 7, "speed": 2}
     engine = simulate.fleet_of(fleet_file(tmp_path, engine_args=args)).setting.engine
     assert (engine.max_num_seqs, engine.step_time.step, engine.num_gpu_blocks) == (7, 8e-3, 879)
+
+
+def test_an_offloading_fleet_has_a_cpu_tier_five_times_the_gpus() -> None:
+    path = SIM_8B.with_name("sim-8b-offload.yaml")
+    fleet, plain = simulate.fleet_of(path), simulate.fleet_of(SIM_8B)
+    assert fleet.setting.engine.num_cpu_blocks // 5 == fleet.setting.engine.num_gpu_blocks - 2 == 780
+    assert replace(fleet.setting.engine, num_cpu_blocks=0) == plain.setting.engine
+    arrivals = [Arrival(0.0, 5, 1, []), Arrival(60.0, 5, 1, [])]
+    assert "399,872 tokens of KV cache, 1,998,848 on the CPU" in simulate.title("t", 1, arrivals, fleet)
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,18 @@ def test_at_leisure_every_router_foresees_every_hit(routers: int) -> None:
     assert 0 < sum(outcome.reported for outcome in outcomes) < ideal(outcomes)
 
 
+def test_at_leisure_what_is_on_the_cpu_is_foreseen_too() -> None:
+    engine = replace(ENGINE, num_cpu_blocks=500)
+    trace = conversations(200, 30.0)
+    outcomes, without = (
+        simulate(trace, replace(SETTING, engine=engine), core_policy(kv_aware)).outcomes
+        for engine in (engine, ENGINE)
+    )
+    assert [outcome.predicted for outcome in outcomes] == [outcome.reported for outcome in outcomes]
+    hits, less = (sum(outcome.reported for outcome in run) for run in (outcomes, without))
+    assert less < hits <= ideal(outcomes)
+
+
 def ideal(outcomes: list[Outcome]) -> int:
     """Tokens that one endless cache would have saved."""
     seen: set[int] = set()

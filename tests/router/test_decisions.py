@@ -99,21 +99,25 @@ counts = st.integers(0, 2**31 - 1)
 seconds = st.floats(0, 1e6, width=32)
 
 
-@given(st.lists(st.tuples(counts, counts, counts, counts, seconds, seconds, seconds), min_size=1, max_size=9))
+FIGURES = st.tuples(counts, counts, counts, counts, seconds, seconds, seconds, seconds)
+
+
+@given(st.lists(FIGURES, min_size=1, max_size=9))
 def test_what_is_packed_comes_out_again(rows):
     fleet, cached, forecasts, costs = Fleet(), {}, [], []
-    for i, (in_flight, decoding, at_hand, slower, backlog, prefill, cost) in enumerate(rows):
+    for i, (in_flight, decoding, at_hand, slower, backlog, prefill, loading, cost) in enumerate(rows):
         fleet.joined(Replica(f"r{i}", f"http://r{i}", ("m",)), now=0.0)
         standing = fleet.get(f"r{i}")
         standing.in_flight, standing.decoding = in_flight, decoding
         cached[f"r{i}"] = Cached(at_hand, slower)
-        forecasts.append(UNTOLD._replace(backlog_s=backlog, prefill_s=prefill))
+        forecasts.append(UNTOLD._replace(backlog_s=backlog, prefill_s=prefill, loading_s=loading))
         costs.append(cost)
     replicas = fleet.view("m").replicas
     placement = Placement(replicas[0], "so", tuple(costs), tuple(forecasts))
     decisions = Decisions("p", DecisionsConfig(), Counters(CollectorRegistry(), "d", "", ("p", "b")))
     decision = decisions.placed(b"a", "m", View(replicas, num_tokens=1, cached=cached), placement, None)
-    names = ("in_flight", "decoding", "cached_tokens", "slower_tokens", "backlog_s", "prefill_s", "cost_s")
+    names = ("in_flight", "decoding", "cached_tokens", "slower_tokens")
+    names += ("backlog_s", "prefill_s", "loading_s", "cost_s")
     told = [tuple(c[name] for name in names) for c in described(decisions, decision)["candidates"]]
     assert [row[:4] for row in told] == [row[:4] for row in rows]
     assert [row[4:] for row in told] == [pytest.approx(row[4:], rel=1e-5) for row in rows]

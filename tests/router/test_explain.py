@@ -113,8 +113,9 @@ def test_people_get_tables(fleet):
 def test_a_request_that_was_placed_again_shows_each_attempt():
     def attempt(replica: str, outcome: str, cached: int, ttft_s: float | None) -> dict[str, Any]:
         candidate = {
-            "replica": replica, "chosen": True, "trust": "exact", "cached_tokens": 1600, "slower_tokens": 0,
-            "backlog_s": 0.055, "prefill_s": 1.5, "ttft_s": 1.56, "step_s": 0.006, "busy": 0.25,
+            "replica": replica, "chosen": True, "trust": "exact", "cached_tokens": 1600,
+            "slower_tokens": 800, "loading_s": 0.002, "backlog_s": 0.055, "prefill_s": 1.5, "ttft_s": 1.56,
+            "step_s": 0.006, "busy": 0.25,
             "cost_s": 1.6, "decoding": 1, "in_flight": 2,
         }  # fmt: skip
         return {
@@ -137,7 +138,7 @@ def test_a_request_that_was_placed_again_shows_each_attempt():
     lines = [" ".join(line.split()) for line in console.file.getvalue().splitlines()]
     assert "Attempt 1 of 2: no connection; tried elsewhere" in lines
     assert "Attempt 2 of 2: answered 200" in lines
-    assert "→ r1 exact 1,600 0 55 ms 1.50 s 1.56 s 6 ms 25% 1.60 s 1 2" in lines
+    assert "→ r1 exact 1,600 800 55 ms 2 ms 1.50 s 1.56 s 6 ms 25% 1.60 s 1 2" in lines
     assert "cached tokens 1,600 1,584 -16" in lines
     assert "first token 500 ms 1.00 s 2.00 times as long" in lines
 

@@ -122,12 +122,34 @@ def test_what_other_routers_are_told_is_what_this_one_has_there_now(fleet):
 
 
 def test_a_slower_tier_costs_loading_not_computing(fleet):
+    """And nobody but the request waits for it."""
     standing = fleet.get("r0")
     cold, loaded, warm = (
-        standing.forecast(10_000, cached, 0.0).prefill_s
+        standing.forecast(10_000, cached, 0.0)
         for cached in (Cached(), Cached(0, 8000, 500), Cached(8000, 0, 500))
     )
-    assert warm < loaded < cold
+    assert warm.prefill_s == loaded.prefill_s < cold.prefill_s
+    assert (warm.loading_s, loaded.loading_s, cold.loading_s) == (0, standing.steps.loading_s(8000), 0)
+    assert warm.ttft_s < loaded.ttft_s < cold.ttft_s
+    fleet.started("r0", 0.0, prompt_of(10_000), Cached(0, 8000, 500))
+    assert standing.backlog_s(0.0) == pytest.approx(loaded.prefill_s)
+
+
+def test_what_is_being_loaded_is_promised_as_at_hand(fleet):
+    prompt = prompt_of(100)
+    keys = prompt.keys(16)
+    names = list(range(1, 7))
+    for tier, blocks in (("CPU", 6), ("GPU", 2)):
+        tokens = list(range(16 * blocks))
+        fleet.apply("r0", BlockStored(names[:blocks], tokens, 16, medium=tier))
+    had = cached(fleet, prompt)["r0"]
+    assert had == Cached(32, 64, 6)
+    flight = fleet.started("r0", 0.0, prompt, had)
+    assert flight.expected == keys[2:]
+    assert flight.confirmed
+    assert cached(fleet, prompt)["r0"] == Cached(96, 0, 6)
+    fleet.finished(flight, 1.0)
+    assert cached(fleet, prompt)["r0"] == had
 
 
 def test_the_step_model_learns_from_what_came_true(fleet):

@@ -426,10 +426,50 @@ async def test_a_simulated_engine_is_followed_through_loss(start):
             await feed.stop()
 
 
+async def test_an_engine_that_offloads_is_known_on_both_tiers(start):
+    """What its GPU gave up is known to be on its CPU, counts as cached, and is at hand once it is loaded."""
+    args = {"speed": 50, "block-size": 16, "num-gpu-blocks-override": 9, "kv-offloading-size": 1}
+    engine = await asyncio.to_thread(start_engine, start, "simulated", args)
+    fleet = Fleet()
+    async with httpx.AsyncClient(trust_env=False) as client:
+
+        async def said(first):
+            body = {"model": MODEL, "prompt": prompt(first), "max_tokens": 1}
+            reply = (await client.post(f"{engine.url}/v1/completions", json=body)).raise_for_status().json()
+            return reply["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+        replica = await learn(client, Endpoint("r", engine.url, "simulated"))
+        fleet.joined(replica, 0.0)
+        fleet.trusted("r", Trust.EXACT, "proven", 16)
+        feed = KVFeed(fleet, Metrics(), Listener())
+        feed.start()
+        try:
+            feed.follow(replica)
+            assert [await said(first) for first in (0, 100, 200)] == [0, 0, 0]
+            await until(lambda: had(fleet, 200).tokens == 64)
+            before = had(fleet, 0)
+            assert before.slower > 0
+            assert before.known == await said(0) == 64
+            await until(lambda: had(fleet, 0).tokens == 64)
+            assert (
+                await asyncio.to_thread(engine.metric, "vllm:external_prefix_cache_hits_total")
+                == before.slower
+            )
+            assert await asyncio.to_thread(engine.metric, "vllm:prefix_cache_hits_total") == before.tokens
+            source = fleet.index.source(fleet.get("r").bit)
+            assert (source.orphans, source.unkeyed) == (0, 0)
+        finally:
+            await feed.stop()
+
+
+def had(fleet, first):
+    asked = Prompt(65, packed(prompt(first)))
+    return fleet.view(MODEL, prompt=asked).cached.get("r", NOTHING_CACHED)
+
+
 def prompt(first):
     return list(range(first, first + 65))
 
 
 def cached(fleet, first):
-    asked = Prompt(65, packed(prompt(first)))
-    return fleet.view(MODEL, prompt=asked).cached.get("r", NOTHING_CACHED).tokens
+    return had(fleet, first).tokens

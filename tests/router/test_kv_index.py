@@ -206,8 +206,12 @@ class World:
     def remove(self, engine: Engine, content: Content, tier: Tier) -> None:
         block = Block(tier, content)
         left = self.index.apply(engine.bit, engine.removed(content, tier))
+        others = [Block(other, content) for other in Tier if other is not tier]
         if engine.sure[block] == engine.maybe[block] == 1 and not content.images and self.exact:
-            assert left == content.keyed()[-1:]
+            if not any(engine.maybe[other] for other in others):
+                assert left == content.keyed()[-1:]
+            elif any(engine.sure[other] for other in others):
+                assert left == []
         for told in (engine.holds, engine.maybe, engine.sure):
             told[block] = max(0, told[block] - 1)
 
@@ -356,6 +360,17 @@ def test_replicas_are_told_apart_in_one_walk() -> None:
     assert found == [Held(bits[1] | bits[2], 2, 0), Held(bits[0], 4, 0)]
     assert index.match(PROMPT.keyed(), bits[1] | bits[3]) == [Held(bits[1], 2, 0)]
     assert index.match([], sum(bits)) == []
+
+
+def test_a_block_has_left_when_it_is_on_no_tier() -> None:
+    index = KVIndex()
+    one, other = engine_in(index), engine_in(index)
+    for engine, tier in ((one, Tier.GPU), (one, Tier.CPU), (other, Tier.GPU)):
+        index.apply(engine.bit, engine.stored(PROMPT, 0, tier))
+    last = PROMPT.keyed()[-1:]
+    assert index.apply(one.bit, one.removed(PROMPT)) == []
+    assert index.apply(one.bit, one.removed(PROMPT, Tier.CPU)) == last
+    assert index.apply(other.bit, other.removed(PROMPT)) == last
 
 
 def test_slower_tiers_count_from_where_the_gpu_ends_and_as_far_as_they_reach() -> None:

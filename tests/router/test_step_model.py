@@ -64,6 +64,15 @@ def test_first_tokens_teach_prefill_where_that_is_most_of_them():
     assert steps.decode.value == 1
 
 
+@pytest.mark.parametrize(("loading", "value"), [(0.4, 1.0), (0.6, COMMON)])
+def test_first_tokens_teach_loading_where_that_is_most_of_them(loading, value):
+    steps = StepModel.of()
+    steps.observe_first_token(predicted=1.0, prefill=0.1, observed=COMMON, loading=loading)
+    assert steps.loading.value == pytest.approx(value)
+    assert steps.loading_s(1000) == pytest.approx(value * 1000 * 2.6e-6)
+    assert steps.prefill.observations == 0
+
+
 def test_streams_teach_decoding_unless_they_are_short():
     steps = StepModel.of()
     steps.observe_stream(LEAST_TOKENS - 1, step=0.01, decoding_s=9.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Any
 
@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workers.simulated.core import Engine, EngineConfig, Finish, Sequence, Step
-from workers.simulated.kv_cache import Removed, Stored
+from workers.simulated.kv_cache import Removed, Stored, Tier
 from workers.simulated.step_time import PRESETS, StepTime, StepWork
 
 SECOND = StepTime(step=1.0, prefill=0, sequence=0, context=0)
@@ -222,6 +222,100 @@ def test_who_waits_for_room_does_not_break_the_quiet() -> None:
     assert core.quiet(2.0).steps == 0
 
 
+# -- the CPU tier
+
+
+def offloading(**config: Any) -> Engine:
+    """Room for 32 tokens on the GPU and 80 on the CPU, of which one second loads ten."""
+    time = replace(SECOND, loading=0.1)
+    return engine(**{"step_time": time, "num_gpu_blocks": 9, "num_cpu_blocks": 20, **config})
+
+
+def serve(core: Engine, name: str, tokens: int = 20, prefix: str = "", at: float = 0.0) -> Sequence:
+    """One request from its arrival to its end."""
+    sequence = core.add(name, Lengths(tokens, prefix), 1, at)
+    run(core, at)
+    return sequence
+
+
+def test_what_the_gpu_gave_up_is_loaded_and_counts_as_cached() -> None:
+    core = offloading()
+    serve(core, "a", prefix="x")
+    serve(core, "b", prefix="y", at=10.0)  # takes three free blocks and two of the first
+    assert len(core.cache.longest_prefix([("x", n) for n in range(5)])) == 3
+    again = core.add("c", Lengths(24, "x"), 2, 20.0)
+    steps = run(core, 20.0)
+    assert (again.cached_tokens, again.loaded_tokens) == (20, 8)
+    stored = [event for step in steps for event in step.events if isinstance(event, Stored)]
+    gpu, cpu = ([e for e in stored if e.tier is tier] for tier in (Tier.GPU, Tier.CPU))
+    assert gpu[0] == Stored(again.content, 3, 2)
+    assert [(e.first, e.count) for e in cpu] == [(5, 1)], "only what is new"
+    # 8 tokens are loaded in 0.8 s, and the rest is computed in one step of a second, as is the second token.
+    assert [step.duration for step in steps] == pytest.approx([0.8, 1.0, 1.0])
+    assert [[s.id for s in step.admitted] for step in steps] == [[], ["c"], []]
+
+
+def test_only_full_blocks_of_prompts_are_copied() -> None:
+    core = offloading(num_gpu_blocks=65)
+    core.add("a", Lengths(10, "x"), 30, 0.0)
+    run(core)
+    assert [len(core.cache.longest_prefix([("x", n)])) for n in range(3)] == [1, 1, 1]
+    assert core.cpu.prefix(("x", n) for n in range(9)) == [("x", 0), ("x", 1)]
+
+
+def test_a_hit_on_the_gpu_is_copied_again_where_the_copy_is_gone() -> None:
+    core = offloading(num_gpu_blocks=65, num_cpu_blocks=3)
+    serve(core, "a", 12, "x")
+    serve(core, "b", 12, "y", at=10.0)
+    assert not core.cpu.prefix([("x", 0)])
+    serve(core, "c", 12, "x", at=20.0)
+    assert len(core.cpu.prefix(("x", n) for n in range(3))) == 3
+
+
+def test_others_are_computed_while_blocks_are_loaded() -> None:
+    core = offloading(num_gpu_blocks=65)
+    serve(core, "a", prefix="x")
+    assert core.reset_prefix_cache()
+    loading = core.add("b", Lengths(20, "x"), 1, 10.0)  # 16 tokens: until 11.6
+    other = core.add("c", Lengths(20, "y"), 3, 10.0)
+    first = core.step(10.0)
+    assert first is not None
+    assert [s.id for s in first.admitted] == ["c"]
+    assert (core.num_waiting, core.num_running) == (1, 1)
+    steps = [first, *run(core, 11.0)]
+    assert [[o.sequence.id for o in step.outputs] for step in steps] == [["c"], ["c"], ["c", "b"]]
+    assert (loading.scheduled, other.scheduled) == (12.0, 10.0)
+
+
+def test_loads_take_turns_and_nobody_loads_what_another_does() -> None:
+    core = offloading(num_gpu_blocks=65, max_num_seqs=9)
+    serve(core, "a", 20, "x")
+    serve(core, "b", 20, "y", at=10.0)
+    core.reset_prefix_cache()
+    one, two, same = (core.add(name, Lengths(20, name[0]), 1, 20.0) for name in ("x", "y", "x again"))
+    steps = run(core, 20.0)
+    assert [one.loaded_tokens, two.loaded_tokens, same.loaded_tokens] == [16, 16, 0]
+    assert same.cached_tokens == 16
+    assert [one.scheduled, two.scheduled] == pytest.approx([21.6, 23.2])
+    assert sum(step.work.prefill_tokens for step in steps) == 12
+
+
+def test_a_sequence_may_be_aborted_while_it_loads() -> None:
+    core = offloading()
+    serve(core, "a", prefix="x")
+    core.reset_prefix_cache()
+    core.add("b", Lengths(20, "x"), 1, 10.0)
+    core.step(10.0)
+    assert not core.reset_prefix_cache(external=True), "it holds blocks"
+    assert core.abort("b")
+    assert (core.has_work, core.kv_usage) == (False, 0.0)
+    assert core.reset_prefix_cache(external=True)
+    assert serve(core, "c", prefix="x", at=20.0).cached_tokens == 0
+
+
+TIER = st.tuples(
+    st.sampled_from([0, 0, 3, 12, 40]), st.sampled_from([0.0, 0.05, 0.7])
+)  # blocks, a token's load
 REQUEST = st.tuples(
     st.integers(1, 60),  # prompt tokens
     st.integers(1, 30),  # output tokens
@@ -237,16 +331,27 @@ REQUEST = st.tuples(
     st.integers(24, 70),
     st.integers(1, 32),
     st.integers(1, 4),
+    TIER,
 )
 def test_whatever_comes_is_served_exactly_and_leaks_nothing(
-    requests: list[tuple[int, int, str, int, int | None]], blocks: int, budget: int, seqs: int
+    requests: list[tuple[int, int, str, int, int | None]],
+    blocks: int,
+    budget: int,
+    seqs: int,
+    tier: tuple[int, float],
 ) -> None:
-    core = engine(num_gpu_blocks=blocks, max_num_batched_tokens=budget, max_num_seqs=seqs)
+    core = engine(
+        num_gpu_blocks=blocks,
+        num_cpu_blocks=tier[0],
+        step_time=replace(SECOND, loading=tier[1]),
+        max_num_batched_tokens=budget,
+        max_num_seqs=seqs,
+    )
     sequences: dict[str, Sequence] = {}
     outputs: dict[str, int] = {}
     aborted = set()
     arrivals = max(request[3] for request in requests)
-    cached: dict[object, int] = {}
+    cached: dict[tuple[Tier, object], int] = {}
     number = 0
     while core.has_work or number <= arrivals:
         for index, (prompt, output, prefix, arrival, abort) in enumerate(requests):
@@ -259,11 +364,11 @@ def test_whatever_comes_is_served_exactly_and_leaks_nothing(
         assert number < 20_000
         for event in step.events if step else ():
             match event:
-                case Stored(owner, first, count):
+                case Stored(owner, first, count, tier):
                     for block in range(first, first + count):
-                        cached[owner.key(block)] = cached.get(owner.key(block), 0) + 1
-                case Removed(key):
-                    cached[key] -= 1
+                        cached[tier, owner.key(block)] = cached.get((tier, owner.key(block)), 0) + 1
+                case Removed(key, tier):
+                    cached[tier, key] -= 1
         for sequence, finish in step.outputs if step else ():
             outputs[sequence.id] = outputs.get(sequence.id, 0) + 1
             assert (finish is Finish.LENGTH) == (outputs[sequence.id] == sequence.max_tokens)
@@ -277,8 +382,10 @@ def test_whatever_comes_is_served_exactly_and_leaks_nothing(
     assert core.kv_usage == 0
     assert core.cache.num_free == core.cache.capacity
     # What the events say is cached is what a lookup finds: a follower loses nothing and invents nothing.
-    assert sum(1 for copies in cached.values() if copies) == core.cache.num_cached
-    assert all(bool(copies) == bool(core.cache.longest_prefix([key])) for key, copies in cached.items())
+    assert sum(1 for copies in cached.values() if copies) == core.cache.num_cached + len(core.cpu)
+    find = {Tier.GPU: core.cache.longest_prefix, Tier.CPU: core.cpu.prefix}
+    assert all(bool(copies) == bool(find[tier]([key])) for (tier, key), copies in cached.items())
+    assert not core.cpu.is_loading([key for _, key in cached])
 
 
 @dataclass
@@ -291,7 +398,7 @@ class Told:
     def add(self, now: float, step: Step) -> None:
         outputs = [(output.sequence.id, output.finish) for output in step.outputs]
         events = [
-            [event.owner.key(block) for block in range(event.first, event.first + event.count)]
+            [event.tier, *(event.owner.key(block) for block in range(event.first, event.first + event.count))]
             if isinstance(event, Stored)
             else event
             for event in step.events
@@ -333,13 +440,20 @@ def play(core: Engine, requests: list[tuple[int, int, str, int, int | None]], sk
     st.integers(1, 40),
     st.integers(1, 6),
     st.booleans(),
+    TIER,
 )
 def test_skipped_steps_are_those_that_change_nothing_else(
-    requests: list[tuple[int, int, str, int, int | None]], blocks: int, budget: int, seqs: int, caching: bool
+    requests: list[tuple[int, int, str, int, int | None]],
+    blocks: int,
+    budget: int,
+    seqs: int,
+    caching: bool,
+    tier: tuple[int, float],
 ) -> None:
     config = {
-        "step_time": StepTime(0.31, 0.017, 0.0013, 0.0007, 0.00011),
+        "step_time": StepTime(0.31, 0.017, 0.0013, 0.0007, 0.00011, tier[1]),
         "num_gpu_blocks": blocks,
+        "num_cpu_blocks": tier[0],
         "max_num_batched_tokens": budget,
         "max_num_seqs": seqs,
         "enable_prefix_caching": caching,

@@ -204,6 +204,35 @@ def test_lost_kv_events_leave_a_gap_that_replay_fills(simulated: StartSimulated)
         assert before + 1 in events.replay(before + 1)
 
 
+def test_blocks_on_the_cpu_are_told_with_their_tokens(simulated: StartSimulated) -> None:
+    engine = simulated(
+        speed=50, block_size=16, num_gpu_blocks_override=9, kv_offloading_size=0.01
+    )  # 5 blocks
+
+    def said(first: int) -> None:
+        body = {"prompt": list(range(first, first + 65)), "max_tokens": 1, "cache_salt": "s"}
+        engine.post("/v1/completions", body).raise_for_status()
+
+    with engine.events() as events:
+
+        def told(kind: str, medium: str) -> list[dict[str, Any]]:
+            events.poll()
+            return [event for event in events.all(kind) if event["medium"] == medium]
+
+        said(0)
+        eventually(lambda: len(told("BlockStored", "CPU")) == 4)
+        (gpu,), cpu = told("BlockStored", "GPU"), told("BlockStored", "CPU")
+        assert [hash for event in cpu for hash in event["block_hashes"]] == gpu["block_hashes"]
+        assert [event["parent_block_hash"] for event in cpu] == [None, *gpu["block_hashes"][:3]]
+        assert [event["token_ids"] for event in cpu] == [list(range(n, n + 16)) for n in range(0, 64, 16)]
+        assert "extra_keys" in gpu
+        assert not any("extra_keys" in event for event in cpu), "vLLM's connector leaves them out"
+        said(100)
+        eventually(lambda: len(told("BlockRemoved", "CPU")) == 3)
+        removed = [event["block_hashes"] for event in told("BlockRemoved", "CPU")]
+        assert removed == [[hash] for hash in gpu["block_hashes"][:0:-1]]
+
+
 def rendered(engine: RunningEngine) -> list[int]:
     return engine.post("/tokenize", {"messages": chat()["messages"]}).json()["tokens"]
 

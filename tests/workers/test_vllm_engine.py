@@ -16,12 +16,20 @@ import pytest
 from pydantic import ValidationError
 from support import eventually
 
-from workers import demo_model
+from workers import demo_model, vllm_engine
 from workers.command import Address, flag_name, flags
 from workers.engine import EngineSpec, make_engine
 from workers.failure import explain
 from workers.process import EngineProcess, EngineStartError
-from workers.vllm_engine import Installation, VllmEngine, VllmNotFoundError, decide, find
+from workers.vllm_engine import (
+    Installation,
+    Place,
+    UnsupportedError,
+    VllmEngine,
+    VllmNotFoundError,
+    decide,
+    find,
+)
 
 AT = Address("127.0.0.1", 20001)
 
@@ -168,6 +176,52 @@ def test_vllm_where_there_is_none_is_a_sentence(monkeypatch, tmp_path):
     monkeypatch.setenv("HERD_VLLM", str(tmp_path / "nothing"))
     with pytest.raises(VllmNotFoundError, match="vLLM is not installed"):
         make_engine(spec())
+
+
+OFFLOAD = {"kv_offload": {"cpu_gib": 64.5}}
+
+
+def test_offloading_on_gpus_is_vllms_own_and_tells_tokens(tmp_path):
+    argv = engine("cuda", False, tmp_path, source="org/model", **OFFLOAD).command(AT).argv
+    assert given(argv, "--kv-offloading-size") == "64.5"
+    assert given(argv, "--kv-offloading-backend") == "native"
+    transfer = json.loads(given(argv, "--kv-transfer-config"))
+    assert transfer == {"kv_connector_extra_config": {"self_describing_kv_events": True}}
+
+
+def test_simulated_offloading_is_the_same_flag(tmp_path, monkeypatch):
+    monkeypatch.setenv("HERD_CACHE", str(tmp_path / "cache"))
+    argv = make_engine(spec(engine="simulated", **OFFLOAD)).command(AT).argv
+    assert given(argv, "--kv-offloading-size") == "64.5"
+    assert "--kv-transfer-config" not in argv
+
+
+def test_offloading_without_a_gpu_is_refused_by_its_key(tmp_path, monkeypatch):
+    installation = engine("cpu", True, tmp_path).installation
+    monkeypatch.setattr(vllm_engine, "find", lambda: installation)
+    monkeypatch.setattr(vllm_engine, "where_can_run", lambda: Place("cpu", "there is no NVIDIA GPU"))
+    with pytest.raises(UnsupportedError, match=r"^kv_offload: .* there is no NVIDIA GPU$"):
+        make_engine(spec(**OFFLOAD))
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"kv_offload": {"cpu_gib": 0}}, "greater than 0"),
+        ({"kv_offload": {"cpu_gb": 1}}, "cpu_gb"),
+        (
+            {**OFFLOAD, "engine_args": {"kv_offloading_size": 1}},
+            "kv_offload: engine_args sets 'kv-offloading-",
+        ),
+        (
+            {**OFFLOAD, "engine_args": {"kv-transfer-config.kv_role": "x"}},
+            "sets 'kv-transfer-config.kv_role'",
+        ),
+    ],
+)
+def test_offloading_is_asked_for_in_one_way(changes, complaint):
+    with pytest.raises(ValidationError, match=complaint):
+        spec(**changes)
 
 
 # Lines of real logs of vLLM 0.32, shortened.

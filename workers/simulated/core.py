@@ -7,10 +7,12 @@ token ids; a simulator steps it in virtual time with sequences known only by the
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import Enum, StrEnum, auto
+from itertools import takewhile
 from math import inf
 from typing import NamedTuple, Protocol
 
+from workers.simulated.cpu_tier import CpuTier
 from workers.simulated.kv_cache import BlockKey, CacheEvent, KVCache
 from workers.simulated.step_time import StepTime, StepWork
 
@@ -38,7 +40,10 @@ class Content(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """The sizes that decide how an engine batches; names as vLLM's flags."""
+    """The sizes that decide how an engine batches; names as vLLM's flags.
+
+    `num_cpu_blocks`: of those, in host memory, 0 for none.
+    """
 
     step_time: StepTime
     num_gpu_blocks: int
@@ -46,6 +51,7 @@ class EngineConfig:
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 8192
     enable_prefix_caching: bool = True
+    num_cpu_blocks: int = 0
 
     def __post_init__(self) -> None:
         for name in ("block_size", "max_num_seqs", "max_num_batched_tokens"):
@@ -70,7 +76,11 @@ class Sequence:
     blocks: list[int] | None = None
     """Held KV blocks; None while waiting."""
     cached_tokens: int | None = None
-    """Prompt tokens found in the cache at first admission; None before."""
+    """Prompt tokens found in the cache, on whatever tier, when first looked for; None before."""
+    loaded_tokens: int = 0
+    """Of these, those that were found on the CPU."""
+    offered: tuple[int, int] = (0, 0)
+    """From which block to which the CPU tier was asked for its blocks."""
     scheduled: float | None = None
     preemptions: int = 0
 
@@ -100,6 +110,23 @@ class Step:
     preempted: int
 
 
+class Load(NamedTuple):
+    """Blocks on their way from the CPU to the GPU for a sequence, which waits for them."""
+
+    sequence: Sequence
+    keys: list[BlockKey]
+    ends: float
+
+
+class Entry(Enum):
+    """What became of a sequence in line."""
+
+    RUNS = auto()
+    WAITS = auto()
+    """For blocks that are loaded for it or for another."""
+    HAS_NO_ROOM = auto()
+
+
 class Quiet(NamedTuple):
     """Steps in a row that do nothing but decode one token each for the same sequences, and when they end."""
 
@@ -113,21 +140,29 @@ class Engine:
     Blocks are taken as a sequence grows, and when there are none left the latest sequence is preempted and
     computed again later: vLLM does so, and reserving max_tokens up front would idle most of the cache, since
     clients ask for far more tokens than they get.
+
+    With a CPU tier it does as vLLM's OffloadingConnector, except that copies take no time: full blocks of
+    prompts are there with the step that computes them. What is found there behind the GPU's part of a prefix
+    is loaded, one load after the other, while others are computed; who would load a block that is on its way
+    waits for that.
     """
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
         self.cache = KVCache(config.num_gpu_blocks)
+        self.cpu = CpuTier(config.num_cpu_blocks)
         self._waiting: OrderedDict[str, Sequence] = OrderedDict()
         self._running: dict[str, Sequence] = {}
+        self._loads: dict[str, Load] = {}  # in the order of their ends
+        self._link_free = 0.0  # when the last of them is over
         self._preempted = 0
         # Whether the first in line had no room, and nothing has made any since.
         self._full = False
 
     @property
     def num_waiting(self) -> int:
-        """Sequences in line."""
-        return len(self._waiting)
+        """Sequences in line, with those whose blocks are being loaded."""
+        return len(self._waiting) + len(self._loads)
 
     @property
     def num_running(self) -> int:
@@ -137,7 +172,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
-        return bool(self._waiting or self._running)
+        return bool(self._waiting or self._running or self._loads)
 
     @property
     def kv_usage(self) -> float:
@@ -146,7 +181,7 @@ class Engine:
 
     def add(self, id: str, content: Content, max_tokens: int, now: float) -> Sequence:
         """Put a sequence in line. ValueError if it could never fit or its id is taken."""
-        if id in self._waiting or id in self._running:
+        if id in self._waiting or id in self._running or id in self._loads:
             raise ValueError(f"sequence {id} is already here")
         if max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, not {max_tokens}")
@@ -158,15 +193,30 @@ class Engine:
 
     def abort(self, id: str) -> bool:
         """Drop a sequence and free its blocks at once; False if it is not here."""
-        sequence = self._waiting.pop(id, None) or self._running.pop(id, None)
+        sequence = self._waiting.pop(id, None) or self._running.pop(id, None) or self._stop_loading(id)
         if sequence is None:
             return False
-        self._release(sequence)
+        self._leave(sequence)
         return True
 
-    def reset_prefix_cache(self) -> bool:
-        """Forget all cached blocks; False, and nothing done, while any is in use."""
-        return self.cache.reset()
+    def _stop_loading(self, id: str) -> Sequence | None:
+        """Whose load that was; the transfer itself goes on to its end."""
+        load = self._loads.pop(id, None)
+        if load is None:
+            return None
+        self.cpu.end_load(load.keys)
+        return load.sequence
+
+    def reset_prefix_cache(self, external: bool = False) -> bool:
+        """Forget all cached blocks, with `external` those on the CPU too.
+
+        False, and nothing done, while any is in use.
+        """
+        if not self.cache.reset():
+            return False
+        if external:
+            self.cpu.reset()
+        return True
 
     def step(self, now: float) -> Step | None:
         """Begin a step at `now` and say what it brings; None if there is nothing to do."""
@@ -175,27 +225,43 @@ class Engine:
         admitted: list[Sequence] = []
         batch = list(self._schedule(now, admitted))
         if not batch:
-            return None
+            return self._pause(now) if self._loads else None
         work = self._work(batch)
         return Step(
             duration=self.config.step_time.seconds(work),
             work=work,
             outputs=self._compute(batch),
-            events=self.cache.take_events(),
+            events=self._take_events(),
             admitted=admitted,
             preempted=self._preempted,
         )
+
+    def _pause(self, now: float) -> Step:
+        """A step in which nothing can be done before a load is over: the shortest, or until that."""
+        shortest = self.config.step_time.step
+        left = self._next_loaded() - now
+        duration = min(shortest, left) if left > 0 else shortest
+        return Step(duration, StepWork(), [], self._take_events(), [], self._preempted)
+
+    def _next_loaded(self) -> float:
+        """When the first load under way is over."""
+        return next((load.ends for load in self._loads.values()), inf)
+
+    def _take_events(self) -> list[CacheEvent]:
+        """Those of the GPU first: what enters the CPU tier has been there."""
+        return self.cache.take_events() + self.cpu.take_events()
 
     def quiet(self, now: float, until: float = inf) -> Quiet:
         """The quiet steps from `now` on, as far as they begin before `until`. Changes nothing.
 
         They are those for which `skip` does the same as `step`: no sequence comes, ends, or fills or takes a
-        block. Only for contents that end by max_tokens, since nobody asks these what they say.
+        block, and no load ends. Only for contents that end by max_tokens: nobody asks these what they say.
         """
         most = self._num_quiet()
         decoding = len(self._running)
         context = sum([sequence.num_tokens for sequence in self._running.values()]) if most else 0
         seconds = self.config.step_time.decode_seconds
+        until = min(until, self._next_loaded())
         steps = 0
         while steps < most and now < until:
             # Added up step by step, so that the times are those of single steps to the last bit.
@@ -231,40 +297,105 @@ class Engine:
             if self._grow(sequence, count):
                 budget -= count
                 yield sequence, count
-        while budget and self._waiting and not self._preempted:
-            sequence = next(iter(self._waiting.values()))
-            if len(self._running) >= self.config.max_num_seqs or not self._admit(sequence, now, admitted):
+        for sequence in [*self._loaded(now), *self._waiting.values()]:
+            if not budget or self._preempted:
+                break
+            entry = self._enter(sequence, now)
+            if entry is Entry.HAS_NO_ROOM:
                 self._full = True
                 break
+            if entry is Entry.WAITS:
+                continue
+            self._running[sequence.id] = sequence
+            if sequence.scheduled is None:
+                sequence.scheduled = now
+                admitted.append(sequence)
             count = min(sequence.num_tokens - sequence.num_computed, budget)
             self._grow(sequence, count)
             budget -= count
             yield sequence, count
 
-    def _admit(self, sequence: Sequence, now: float, admitted: list[Sequence]) -> bool:
-        """Move the first in line into the batch with its cached prefix, if all of its tokens fit now."""
-        hits = self._cached_prefix(sequence)
+    def _loaded(self, now: float) -> list[Sequence]:
+        """Sequences whose loads are over."""
+        return [load.sequence for load in takewhile(lambda load: load.ends <= now, self._loads.values())]
+
+    def _enter(self, sequence: Sequence, now: float) -> Entry:
+        """Move a sequence in line into the batch with its cached prefix, if all of its tokens fit now."""
+        if len(self._running) >= self.config.max_num_seqs:
+            return Entry.HAS_NO_ROOM
+        if sequence.id in self._loads:
+            return self._take_load(sequence)
+        hits, keys = self._cached_prefix(sequence)
+        if self.cpu.is_loading(keys):
+            return Entry.WAITS
         needed = self._num_blocks(sequence.num_tokens) - len(hits)
-        if needed > self.cache.num_free_without(hits):
-            return False
+        if needed > self.cache.num_free_without(hits) - self._reserved():
+            return Entry.HAS_NO_ROOM
         self.cache.share(hits)
         sequence.blocks = hits
         sequence.num_stored = len(hits)
-        sequence.num_computed = len(hits) * self.config.block_size
+        sequence.num_computed = (len(hits) + len(keys)) * self.config.block_size
         del self._waiting[sequence.id]
-        self._running[sequence.id] = sequence
-        if sequence.scheduled is None:
-            sequence.scheduled = now
+        if sequence.cached_tokens is None:
             sequence.cached_tokens = sequence.num_computed
-            admitted.append(sequence)
-        return True
+            sequence.loaded_tokens = len(keys) * self.config.block_size
+        if not keys:
+            return Entry.RUNS
+        self._begin_load(sequence, keys, now)
+        return Entry.WAITS
 
-    def _cached_prefix(self, sequence: Sequence) -> list[int]:
+    def _cached_prefix(self, sequence: Sequence) -> tuple[list[int], list[BlockKey]]:
+        """The blocks of its prefix on the GPU, and the keys of those that follow on the CPU."""
         if not self.config.enable_prefix_caching:
-            return []
+            return [], []
         # The last token is always computed, for its logits: a full hit gives up its last block.
         reusable = (sequence.num_tokens - 1) // self.config.block_size
-        return self.cache.longest_prefix(sequence.content.key(block) for block in range(reusable))
+        key = sequence.content.key
+        hits = self.cache.longest_prefix(key(block) for block in range(reusable))
+        if not self.cpu.capacity:
+            return hits, []
+        return hits, self.cpu.prefix(key(block) for block in range(len(hits), reusable))
+
+    # -- the CPU tier
+
+    def _reserved(self) -> int:
+        """Blocks that those who load will need beside those they hold: nobody could free any for them."""
+        reserved = 0
+        for sequence, _, _ in self._loads.values():
+            assert sequence.blocks is not None
+            reserved += self._num_blocks(sequence.num_tokens) - len(sequence.blocks)
+        return reserved
+
+    def _begin_load(self, sequence: Sequence, keys: list[BlockKey], now: float) -> None:
+        assert sequence.blocks is not None
+        first = len(sequence.blocks)
+        sequence.blocks += self.cache.allocate(len(keys))
+        sequence.offered = (first, len(sequence.blocks))
+        self.cpu.begin_load(keys)
+        seconds = len(keys) * self.config.block_size * self.config.step_time.loading
+        self._link_free = max(now, self._link_free) + seconds
+        self._loads[sequence.id] = Load(sequence, keys, self._link_free)
+
+    def _take_load(self, sequence: Sequence) -> Entry:
+        """A load is over: its blocks are ordinary ones from now on."""
+        assert sequence.blocks is not None
+        if self._num_blocks(sequence.num_tokens) - len(sequence.blocks) > self.cache.num_free:
+            return Entry.HAS_NO_ROOM
+        self._stop_loading(sequence.id)
+        first, end = sequence.offered
+        self.cache.store(sequence.content, sequence.blocks, first, end - first)
+        sequence.num_stored = end
+        return Entry.RUNS
+
+    def _offload(self, sequence: Sequence, full: int) -> None:
+        """Copy to the CPU what is new of a prompt's first `full` blocks; what finds no room is left out."""
+        first, end = sequence.offered
+        full = min(full, sequence.content.num_prompt_tokens // self.config.block_size)
+        if full > end and self.cpu.capacity:
+            self.cpu.store(sequence.content, end, full)
+            sequence.offered = (first, full)
+
+    # -- the GPU
 
     def _grow(self, sequence: Sequence, count: int) -> bool:
         """Hold the blocks for `count` more tokens and make full ones findable; False if it was preempted."""
@@ -284,12 +415,15 @@ class Engine:
                 sequence.content, sequence.blocks, sequence.num_stored, full - sequence.num_stored
             )
             sequence.num_stored = full
+        if self.config.enable_prefix_caching:
+            self._offload(sequence, full)
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
         del self._running[sequence.id]
         self._release(sequence)
         sequence.num_computed = sequence.num_stored = 0
+        sequence.offered = (0, 0)
         sequence.preemptions += 1
         self._preempted += 1
         self._waiting[sequence.id] = sequence
@@ -321,9 +455,14 @@ class Engine:
                 finish = Finish.LENGTH
             if finish is not None:
                 del self._running[sequence.id]
-                self._release(sequence)
+                self._leave(sequence)
             outputs.append(Output(sequence, finish))
         return outputs
+
+    def _leave(self, sequence: Sequence) -> None:
+        """A sequence is over."""
+        self._release(sequence)
+        self.cpu.touch(sequence.content, *sequence.offered)
 
     def _release(self, sequence: Sequence) -> None:
         self._full = False

@@ -12,13 +12,12 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from workers.simulated.kv_cache import CacheEvent, Cleared, Removed, Stored
+from workers.simulated.kv_cache import CacheEvent, Cleared, Removed, Stored, Tier
 from workers.simulated.language import TokenSequence
 
 END_OF_REPLAY = (-1).to_bytes(8, "big", signed=True)
 
-# One unsalted attention group without a tier: what vLLM says of a plain model, also on CPU.
-MEDIUM = "GPU"
+# One attention group: what vLLM says of a plain model.
 GROUP = {"group_idx": 0, "kv_cache_spec_kind": "full_attention"}
 
 
@@ -106,8 +105,9 @@ class KVEventPublisher:
     def _wire(self, event: CacheEvent) -> dict[str, Any]:
         """One event as vLLM's msgspec classes encode it: defaults are omitted where vLLM omits them."""
         match event:
-            case Stored(owner=TokenSequence() as owner, first=first, count=count):
-                extra = owner.extra_keys(first, count)
+            case Stored(owner=TokenSequence() as owner, first=first, count=count, tier=tier):
+                # vLLM's offloading connector knows no extra keys.
+                extra = owner.extra_keys(first, count) if tier is Tier.GPU else None
                 return {
                     "type": "BlockStored",
                     "block_hashes": [wire_hash(owner.key(block)) for block in range(first, first + count)],
@@ -115,16 +115,16 @@ class KVEventPublisher:
                     "token_ids": owner.block_tokens(first, count),
                     "block_size": self._block_size,
                     "lora_id": None,
-                    "medium": MEDIUM,
+                    "medium": tier,
                     "lora_name": None,
                     **({"extra_keys": extra} if extra else {}),
                     **GROUP,
                 }
-            case Removed(key=bytes() as key):
+            case Removed(key=bytes() as key, tier=tier):
                 return {
                     "type": "BlockRemoved",
                     "block_hashes": [wire_hash(key)],
-                    "medium": MEDIUM,
+                    "medium": tier,
                     "group_idx": 0,
                 }
             case Cleared():

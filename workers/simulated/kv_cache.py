@@ -4,6 +4,7 @@ import pickle
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from hashlib import sha256
 from typing import Protocol
 
@@ -38,6 +39,13 @@ def block_keys(token_ids: Sequence[int], block_size: int, cache_salt: str | None
     return keys
 
 
+class Tier(StrEnum):
+    """Where a block lies, as vLLM's events name it."""
+
+    GPU = "GPU"
+    CPU = "CPU"
+
+
 class Blocks(Protocol):
     """Whatever can name its own full blocks: the owner of a Stored event."""
 
@@ -47,23 +55,25 @@ class Blocks(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """Blocks `first` to `first + count - 1` of `owner` entered the cache."""
+    """Blocks `first` to `first + count - 1` of `owner` entered a tier of the cache."""
 
     owner: Blocks
     first: int
     count: int
+    tier: Tier = Tier.GPU
 
 
 @dataclass(frozen=True, slots=True)
 class Removed:
-    """One block left the cache."""
+    """One block left a tier of the cache."""
 
     key: BlockKey
+    tier: Tier = Tier.GPU
 
 
 @dataclass(frozen=True, slots=True)
 class Cleared:
-    """Every block left the cache."""
+    """Every block left the GPU."""
 
 
 CacheEvent = Stored | Removed | Cleared

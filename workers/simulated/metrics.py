@@ -88,8 +88,12 @@ class EngineMetrics:
             "prefix_cache_queries", "Prefix cache queries, in queried tokens."
         )
         self.prefix_hits = self._counter("prefix_cache_hits", "Prefix cache hits, in cached tokens.")
-        self._counter("external_prefix_cache_queries", "Prefix cache queries to a KV connector, in tokens.")
-        self._counter("external_prefix_cache_hits", "Prefix cache hits from a KV connector, in tokens.")
+        self.external_queries = self._counter(
+            "external_prefix_cache_queries", "Prefix cache queries to a KV connector, in tokens."
+        )
+        self.external_hits = self._counter(
+            "external_prefix_cache_hits", "Prefix cache hits from a KV connector, in tokens."
+        )
         self.preemptions = self._counter(
             "num_preemptions", "Cumulative number of preemption from the engine."
         )
@@ -98,7 +102,7 @@ class EngineMetrics:
         sources = self._family(
             Counter, "prompt_tokens_by_source", "Number of prompt tokens by source.", "source"
         )
-        self.computed, self.hit, _ = (
+        self.computed, self.hit, self.loaded = (
             sources.labels(ENGINE, self._model, source)
             for source in ("local_compute", "local_cache_hit", "external_kv_transfer")
         )
@@ -193,15 +197,21 @@ class EngineMetrics:
         """Count what a step did."""
         for sequence in step.admitted:
             prompt, cached = sequence.content.num_prompt_tokens, sequence.cached_tokens or 0
+            loaded = sequence.loaded_tokens
             self.prefix_queries.inc(prompt)
-            self.prefix_hits.inc(cached)
+            self.prefix_hits.inc(cached - loaded)
+            if self._engine.cpu.capacity:
+                self.external_queries.inc(prompt - (cached - loaded))
+                self.external_hits.inc(loaded)
             self.prompt_tokens.inc(prompt)
             self.prompt_tokens_cached.inc(cached)
             self.computed.inc(prompt - cached)
-            self.hit.inc(cached)
+            self.hit.inc(cached - loaded)
+            self.loaded.inc(loaded)
         self.preemptions.inc(step.preempted)
         self.generation_tokens.inc(len(step.outputs))
-        self.step_tokens.observe(step.work.prefill_tokens + step.work.decoding)
+        if tokens := step.work.prefill_tokens + step.work.decoding:
+            self.step_tokens.observe(tokens)
 
     def finished(self, sequence: Sequence, reason: str, first: float | None, now: float) -> None:
         """Record a request that has ended; `first` is when its first token came, if one did."""

@@ -39,6 +39,7 @@ class Options:
     max_num_batched_tokens: int = 8192
     block_size: int = 16
     num_gpu_blocks_override: int | None = None
+    kv_offloading_size: float | None = None
     max_model_len: int | None = None
     enable_prefix_caching: bool = True
     enable_prompt_tokens_details: bool = False
@@ -66,11 +67,20 @@ class Options:
                 raise OptionsError(f"{flag} must be at least {least}, not {value}")
         if not self.speed > 0:
             raise OptionsError(f"--speed must be above 0, not {self.speed}")
+        if self.kv_offloading_size is not None and not self.num_cpu_blocks:
+            raise OptionsError(f"--kv-offloading-size {self.kv_offloading_size} has no room for one block")
 
     @property
     def num_gpu_blocks(self) -> int:
         """KV blocks: the override, else as many as the preset's GPUs hold."""
         return self.num_gpu_blocks_override or PRESETS[self.preset].kv_tokens // self.block_size + 1
+
+    @property
+    def num_cpu_blocks(self) -> int:
+        """KV blocks in host memory, each as large as the preset's model has them."""
+        return int((self.kv_offloading_size or 0) * 2**30) // (
+            PRESETS[self.preset].kv_bytes * self.block_size
+        )
 
     def context(self, of_model: int | None) -> int:
         """The longest sequence. OptionsError if --max-model-len does not fit into the KV cache."""
@@ -88,6 +98,7 @@ class Options:
         return EngineConfig(
             step_time=self.step_time.at_speed(self.speed),
             num_gpu_blocks=self.num_gpu_blocks,
+            num_cpu_blocks=self.num_cpu_blocks,
             block_size=self.block_size,
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
@@ -135,6 +146,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-num-batched-tokens", type=int, metavar="N", help="tokens computed in one step")
     add("--block-size", type=int, metavar="N", help="tokens in one KV block")
     add("--num-gpu-blocks-override", type=int, metavar="N", help="KV blocks, instead of the preset's")
+    add(
+        "--kv-offloading-size",
+        type=float,
+        metavar="GIB",
+        help="host memory that takes copies of prompts' KV blocks, to be loaded when the GPU has lost them",
+    )
     add("--max-model-len", type=int, metavar="N", help="prompt and output tokens of one sequence")
     add("--enable-prefix-caching", action=argparse.BooleanOptionalAction)
     add("--enable-prompt-tokens-details", action="store_true", default=None, help="report cached tokens")
@@ -143,7 +160,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--shutdown-timeout", type=float, metavar="S", help="how long SIGTERM waits for running requests")
     add("--seed", type=int, help="another seed gives other outputs")
     add("--preset", choices=sorted(PRESETS), help="the model and GPUs whose speed and memory to model")
-    add("--step-time", type=_step_time, metavar="A,B,C,D[,E]", help="seconds, instead of the preset's")
+    add("--step-time", type=_step_time, metavar="A,B,C,D[,E[,F]]", help="seconds, instead of the preset's")
     add("--speed", type=float, metavar="FACTOR", help="clock factor: 2 runs twice as fast as modelled")
     return parser
 
@@ -152,7 +169,7 @@ def _step_time(text: str) -> StepTime:
     try:
         return StepTime(*(float(part) for part in text.split(",")))
     except (TypeError, ValueError) as error:
-        message = f"{text!r} is not four or five durations a,b,c,d[,e] in seconds ({error})"
+        message = f"{text!r} is not four to six durations a,b,c,d[,e[,f]] in seconds ({error})"
         raise argparse.ArgumentTypeError(message) from error
 
 

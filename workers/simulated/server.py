@@ -257,8 +257,9 @@ class Server:
         requests.check_vocabulary(body.tokens, self.service.tokenizer.vocab_size)
         return _json({"prompt": self.service.tokenizer.decode(body.tokens, skip_special_tokens=False)})
 
-    async def _reset_prefix_cache(self, _: Request) -> Response:
-        return _json({"success": self.live.core.reset_prefix_cache()})
+    async def _reset_prefix_cache(self, request: Request) -> Response:
+        external = request.query_params.get("reset_external") == "true"
+        return _json({"success": self.live.core.reset_prefix_cache(external)})
 
     async def _models(self, _: Request) -> Response:
         return _json({"object": "list", "data": [self._model_card(n) for n in self.service.served_names]})

@@ -17,16 +17,20 @@ class StepWork:
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
-    """Coefficients in seconds: step, prefill token, decoding sequence, context token, attention pair."""
+    """Coefficients in seconds: step, prefill token, decoding sequence, context token, attention pair.
+
+    `loading`: a token's KV on its way from host memory to the GPU, which goes on beside steps.
+    """
 
     step: float
     prefill: float
     sequence: float
     context: float
     attention: float = 0.0
+    loading: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.step <= 0 or min(self.prefill, self.sequence, self.context, self.attention) < 0:
+        if self.step <= 0 or min(astuple(self)) < 0:
             raise ValueError("step times must not be negative, and a step must take some time")
 
     def seconds(self, work: StepWork) -> float:
@@ -48,14 +52,26 @@ class StepTime:
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """One model on one set of GPUs: its step times and the tokens its KV cache holds."""
+    """One model on one set of GPUs: its step times, the tokens its KV cache holds, and the bytes of one."""
 
     step_time: StepTime
     kv_tokens: int
+    kv_bytes: int
 
+
+# Of Llama 3.1: keys and values of 8 heads of 128 in 16 bits, in 32 and 80 layers.
+KV_BYTES_8B, KV_BYTES_70B = 32 * 4096, 80 * 4096
+# Bytes a second that a GPU copies from pinned host memory; PCIe 5.0 x16 has 63e9 by data sheet.
+HOST_BANDWIDTH = 50e9
 
 # Roofline estimates (data-sheet FLOPs and bandwidth times an assumed efficiency), not measurements of a GPU.
 PRESETS = {
-    "8b-h100": Preset(StepTime(6e-3, 33e-6, 45e-6, 5.6e-8, 1.3e-9), kv_tokens=400_000),
-    "70b-4xh100": Preset(StepTime(16e-3, 79e-6, 100e-6, 3.5e-8, 1.64e-9), kv_tokens=450_000),
+    "8b-h100": Preset(
+        StepTime(6e-3, 33e-6, 45e-6, 5.6e-8, 1.3e-9, KV_BYTES_8B / HOST_BANDWIDTH), 400_000, KV_BYTES_8B
+    ),
+    "70b-4xh100": Preset(
+        StepTime(16e-3, 79e-6, 100e-6, 3.5e-8, 1.64e-9, KV_BYTES_70B / (4 * HOST_BANDWIDTH)),
+        450_000,
+        KV_BYTES_70B,
+    ),
 }
