@@ -106,9 +106,9 @@ class Warmup:
             return
         try:
             index, bit = self._fleet.index, standing.bit
-            if self._is_at_ease(standing):
+            if self._is_not_awaited(standing):
                 prefixes = await self._hottest(standing, seconds, lambda key: not index.holds(key, bit))
-                going_on = partial(self._is_at_ease, standing)
+                going_on = partial(self._is_not_awaited, standing)
                 await self._replay(prefixes, lambda: [standing] if going_on() else None, seconds, AT_ONCE)
         except Exception:
             log.exception("replica %s is not warmed", replica.id)
@@ -171,8 +171,8 @@ class Warmup:
         metrics.replayed_prefixes.inc()
         metrics.replayed_tokens.inc(prefix.new_tokens)
 
-    def _is_at_ease(self, new: Standing) -> bool:
-        """Nobody waits for a new replica: others serve, and no request of its model is in line."""
+    def _is_not_awaited(self, new: Standing) -> bool:
+        """Others serve while a new replica warms up, and no request of its model is in line."""
         return bool(self._serving(new)) and not self._pressed(new.replica.models[0])
 
     def _at_ease(self, like: Standing) -> list[Standing]:

@@ -354,9 +354,10 @@ class Line(Generic[T]):
         awaiting = own + others.in_flight - others.decoding
         if own >= max(1, bounds.awaiting / self.routers) or awaiting >= bounds.awaiting:
             return None
-        alone, step, busy = standing.steps.step_s(1, 0), standing.step_s(), standing.busy(now)
-        if not standing.decoding + others.decoding or alone >= self._tpot_s:
+        decoding, context = standing.decoding + others.decoding, standing.context + others.context
+        if not decoding or standing.steps.step_s(1, context // decoding) >= self._tpot_s:
             return Room(0.0, 0.0)
+        step, busy = standing.step_s(), standing.busy(now)
         return Room(step, step * busy / (1 - busy))
 
     def _weight(self, ticket: T, now: float) -> float:

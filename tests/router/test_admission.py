@@ -187,6 +187,13 @@ def test_slow_streams_are_spared(tpot_s, goes):
     assert bool(world.go()) == goes
 
 
+def test_one_stream_with_so_long_a_context_that_it_is_too_slow_alone_keeps_nobody_out():
+    world = busy_world(0.02)
+    world.fleet.elsewhere("r0", Load(in_flight=1, decoding=1, context=300_000, recent_s=15.0))
+    world.enter(due=10.0)
+    assert world.go()
+
+
 def test_who_cannot_wait_any_longer_is_let_in_sooner():
     world = busy_world(0.035)
     world.enter(due=10.0)
