@@ -100,8 +100,9 @@ def test_the_decision_finds_what_is_cached():
 
 
 def test_an_index_keeps_what_it_is_told():
-    filled = Filled.of(replicas=3, blocks=200)
+    filled = Filled.of(replicas=3, shards=1, blocks=200)
     assert (filled.told, filled.kept) == (600, 600)
+    assert Filled.of(replicas=4, shards=2, blocks=200).told == 400
 
 
 def test_gossip_costs_less_where_each_has_a_share():
