@@ -78,7 +78,7 @@ def units(arrivals: Sequence[Arrival], number: int, speed: float, seed: int = 0)
         begins = lasts * (copy + chance.random()) / copies
         cut = [replace(a, at=a.at - begins) for a in laps if begins <= a.at < begins + LASTS_S * speed]
         own = [replace(a, hash_ids=[id + copy * ids for id in a.hash_ids]) for a in cut]
-        found += _dealt(compress(spread(own, chance, 3.0), speed))
+        found += _dealt(compress(spread(own, chance), speed))
     return found
 
 
@@ -379,7 +379,7 @@ def fleets(largest: int) -> list[tuple[int, int]]:
 @click.command(context_settings={"show_default": True})
 @click.option("--only", help="A part of it.", type=click.Choice(["twin", "decision", "index", "gossip"]))
 @click.option("--load", default=LOAD, help="Of each replica, by what one of eight sustains.")
-@click.option("--largest", default=max(FLEETS), type=click.Choice([str(n) for n in FLEETS if n >= REFERENCE]))
+@click.option("--largest", default="64", type=click.Choice([str(n) for n in FLEETS if n >= REFERENCE]))
 @click.option("--seed", default=0, help="Of where copies of the trace begin.")
 def main(only: str | None, load: float, largest: str, seed: int) -> None:
     """Fleets of 1 to 64 replicas in the twin with the same load, and what more of them cost a router."""
