@@ -17,7 +17,7 @@ from typing import Annotated, Any, Protocol
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from router.core.autoscale import Ability, Autoscaler, Decision, Supply
-from router.core.demand import Scaled, Work, work
+from router.core.demand import Demand, Scaled, Work, work
 from router.core.fleet import UNTOLD_CAPACITY, Fleet, Standing, State
 from router.core.startups import StartUps
 from router.core.step_model import StepModel
@@ -109,6 +109,7 @@ class Pool:
     startups: StartUps
     target: int
     version: int = 0
+    reason: str = ""
     ability: Ability = field(default_factory=lambda: Ability(StepModel.of()))
     decision: Decision | None = None
     changes: deque[Decision] = field(default_factory=lambda: deque(maxlen=KEPT))
@@ -157,7 +158,9 @@ class Scaling:
     def told(self) -> dict[str, Scaled]:
         """What the other routers are to know."""
         return {
-            model: Scaled(self._work(model), None if self._retired else pool.target, pool.version)
+            model: Scaled(
+                self._work(model), None if self._retired else pool.target, pool.version, pool.reason
+            )
             for model, pool in self._pools.items()
         }
 
@@ -189,7 +192,7 @@ class Scaling:
         if pool.config.dry_run:
             pool.target = len(serving)
         else:
-            self._adopt(model, pool)
+            self._adopt(model, pool, now)
         pool.startups.look(pool.target, {standing.id for standing in serving}, now)
         if serving:
             pool.ability = ability(serving)
@@ -198,12 +201,17 @@ class Scaling:
         supply = Supply(pool.target, len(serving), pool.ability, pool.startups.seconds, self._others.complete)
         self._take(model, pool, pool.scaler.decide(now, works, supply))
 
-    def _adopt(self, model: str, pool: Pool) -> None:
+    def _adopt(self, model: str, pool: Pool, now: float) -> None:
         """What was decided last, whoever did: a router that has just come, or hung, knows an older one."""
         for told in self._others.scaled.values():
             said = told.get(model)
             if said and said.target is not None and (said.version, said.target) > (pool.version, pool.target):
-                pool.target, pool.version = said.target, said.version
+                demand = pool.decision.demand if pool.decision else Demand()
+                if said.target != pool.target:
+                    pool.changes.append(
+                        Decision(now, said.target, pool.target, said.target, said.reason, demand)
+                    )
+                pool.target, pool.version, pool.reason = said.target, said.version, said.reason
 
     def _take(self, model: str, pool: Pool, decision: Decision) -> None:
         """What was decided counts if this is the router that decides; else it is what it would have been."""
@@ -216,7 +224,7 @@ class Scaling:
             pool.changes.append(decision)
             told = "replicas of %s: %d to %d, %s" + (" (dry run)" if pool.config.dry_run else "")
             log.info(told, model, decision.before, decision.target, decision.reason)
-        pool.target, pool.version = decision.target, pool.version + 1
+        pool.target, pool.version, pool.reason = decision.target, pool.version + 1, decision.reason
 
     def _leader(self) -> str:
         """The first by name of those that decide."""

@@ -58,11 +58,13 @@ class Work(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 class Scaled(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What a router tells the others of a model: what it counted, and how many replicas there are to be, None
-    from one that leaves. `version`: how many decisions led there; the last one counts, whoever made it."""
+    from one that leaves. `version`: how many decisions led there; the last one counts, whoever made it, for
+    this `reason`."""
 
     work: Work
     target: int | None
     version: int
+    reason: str = ""
 
 
 class Queue(Protocol):

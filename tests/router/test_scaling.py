@@ -67,6 +67,10 @@ async def test_one_router_decides_and_the_next_goes_on_where_it_left_off():
         await until(lambda: any(front.targets == {"m": 1} for front in fronts))
         leader, other = sorted(fronts, key=lambda front: not front.targets)
         assert other.targets == {}
+        for front in fronts:  # whichever is asked
+            await until(lambda front=front: bool(front._scaling.described(0.0, history=True)["m"]["changes"]))
+            (change,) = front._scaling.described(0.0, history=True)["m"]["changes"]
+            assert (change["before"], change["target"], change["reason"]) == (0, 1, "requests")
         await leader.retire()
         await until(lambda: other.targets == {"m": 1})
 
