@@ -129,15 +129,16 @@ class Observer(Protocol):
         """It was withdrawn."""
 
 
-async def _as_it_is(replica: Replica) -> None:
+async def _as_it_is(replica: Replica) -> bool:
     """Its cache is filled by the requests that it gets."""
+    return False
 
 
 class Watch:
     """Follows every announced replica: brings it into the fleet, marks it down and up again.
 
     `cut`: ends all connections to the engine at a URL, which is given up for others. `warm`: makes a replica
-    fit that was never there before.
+    fit that was never there before, and says whether that took any time.
     """
 
     def __init__(
@@ -146,7 +147,7 @@ class Watch:
         metrics: Metrics,
         observer: Observer | None = None,
         cut: Callable[[str], None] = lambda url: None,
-        warm: Callable[[Replica], Awaitable[None]] = _as_it_is,
+        warm: Callable[[Replica], Awaitable[bool]] = _as_it_is,
     ) -> None:
         self._fleet = fleet
         self._metrics = metrics
@@ -285,9 +286,7 @@ class Watch:
             self._observer.joined(replica)
         self._untried.discard(endpoint.id)
         self._tell()
-        if new:
-            await self._warm(replica)
-        if new and not await self._well(endpoint):
+        if new and await self._warm(replica) and not await self._well(endpoint):
             self.unreachable(endpoint.id, cut=True)
             return
         self._fleet.recovered(replica.id, self._now())

@@ -96,22 +96,26 @@ class Warmup:
         hot = self._hot[standing.replica.models[0]]
         hot.saw(prompt.keys(size), prompt.token_ids, size, flight.started_at, Origin(model, salt))
 
-    async def arrival(self, replica: Replica) -> None:
-        """Has a new replica compute what is hot, unless it is the only one, or users wait for it.
+    async def arrival(self, replica: Replica) -> bool:
+        """Has a new replica compute what is hot, unless it is the only one, or users wait for it. Whether it
+        had anything to compute.
 
         Whatever goes wrong here is told and no more: a replica serves without it.
         """
         standing, seconds = self._fleet.get(replica.id), self._config.arrival_s
         if standing is None or not seconds or not self._fleet.knows(replica.id) or not replica.kv_events:
-            return
+            return False
+        index, bit = self._fleet.index, standing.bit
+        going_on = partial(self._is_not_awaited, standing)
         try:
-            index, bit = self._fleet.index, standing.bit
-            if self._is_not_awaited(standing):
-                prefixes = await self._hottest(standing, seconds, lambda key: not index.holds(key, bit))
-                going_on = partial(self._is_not_awaited, standing)
-                await self._replay(prefixes, lambda: [standing] if going_on() else None, seconds, AT_ONCE)
+            if not going_on():
+                return False
+            prefixes = await self._hottest(standing, seconds, lambda key: not index.holds(key, bit))
+            await self._replay(prefixes, lambda: [standing] if going_on() else None, seconds, AT_ONCE)
         except Exception:
             log.exception("replica %s is not warmed", replica.id)
+            return True
+        return bool(prefixes)
 
     async def departure(self, standing: Standing) -> None:
         """Has others compute what is hot and only this replica holds, as far as they have nothing to do."""
