@@ -264,14 +264,16 @@ def warm_row(whole: Course, seeds: Iterable[int], warm_s: float) -> list[str]:
 
 
 def leave_row(whole: Course, seeds: Sequence[int], sizes: tuple[int, int], budget_s: float) -> list[str]:
-    """The fleet's hit rate in the two minutes before, and in each minute after; attainment; who was lost."""
+    """The fleet's hit rate in the two minutes before, and in each minute after; attainment; how many were
+    refused, and lost."""
     twins = [changed(whole, seed, sizes, Changes(handover_s=budget_s)) for seed in seeds]
     came = [outcome for twin in twins for outcome in twin.run.outcomes]
     ends = [CHANGE_S - 2 * MINUTE_S, *(CHANGE_S + MINUTE_S * n for n in range(MINUTES + 1))]
     parts = [[o for o in came if begins <= o.arrival.at < until] for begins, until in pairwise(ends)]
     attained = " ".join(f"{mean(o.attained(whole.slo) for o in part):.3f}" for part in parts)
-    lost = sum(o.refused or not o.ttft for o in came)
-    return [*(f"{hit(part):.3f}" for part in parts), attained, str(lost)]
+    refused = sum(o.refused for o in came)
+    lost = sum(not o.refused and not o.ttft for o in came)
+    return [*(f"{hit(part):.3f}" for part in parts), attained, str(refused), str(lost)]
 
 
 def warm_report(seeds: Sequence[int]) -> str:
@@ -289,7 +291,8 @@ def leave_report(seeds: Sequence[int], caches: int = 1) -> str:
     whole = replace(whole, setting=replace(whole.setting, engine=larger))
     cases = [(f"handed over: {s:g} s each", LEAVING, s) for s in HANDOVER_S]
     cases.append((f"always {LEAVING[1]}", (LEAVING[1], LEAVING[1]), 0.0))
-    head = ["", "hit rate before", *(f"minute {n}" for n in range(1, MINUTES + 1)), "within SLO", "lost"]
+    minutes = [f"minute {n}" for n in range(1, MINUTES + 1)]
+    head = ["", "hit rate before", *minutes, "within SLO", "refused", "lost"]
     return table(head, [[name, *leave_row(whole, seeds, sizes, budget_s)] for name, sizes, budget_s in cases])
 
 

@@ -104,7 +104,7 @@ def trouble(front: Server, engines: list[Server]) -> None:
         # Each of another herd: the same prompt would go where it is cached, and so to one replica. With a
         # seed no stream goes on elsewhere.
         streams = [
-            pool.submit(chat, front, model, 300, f"of engine {n}", seed=n) for n in range(len(engines))
+            pool.submit(chat, front, model, 1000, f"of engine {n}", seed=n) for n in range(len(engines))
         ]
         eventually(lambda: streaming(front))
         engines[0].running.kill()
