@@ -286,7 +286,7 @@ def raw(*argv: str) -> subprocess.CompletedProcess[str]:
         (["--port", "0"], "--port must be between 1 and 65535, not 0"),
         (["--nope"], "unrecognized arguments: --nope"),
         (["--preset", "h100"], "argument --preset: invalid choice"),
-        (["--step-time", "1,2"], "is not four or five durations"),
+        (["--step-time", "1,2"], "is not four to six durations"),
         (["--step-time", "0,0,0,0"], "a step must take some time"),
         (["--speed", "0"], "--speed must be above 0"),
         (["--block-size", "0"], "--block-size must be at least 1"),
