@@ -80,7 +80,7 @@ def main() -> None:
 @click.option(
     "--engine",
     type=click.Choice(["auto", "vllm", "simulated"]),
-    help="auto: vLLM where it can run.  [default: auto]",
+    help="auto: vLLM where it can run.  [default: auto, or as FLEET says]",
 )
 @click.option("--model", help="A Hugging Face name or a folder.  [default: a small demo model]")
 @click.option("--replicas", type=click.IntRange(min=1), help="How many engines.  [default: 2]")
@@ -124,12 +124,10 @@ def up(
 
     if fleet is None:
         planned = plan.from_flags(engine or "auto", model, replicas, where_can_run())
-    elif engine or model or replicas:
-        raise click.UsageError(
-            "--engine, --model and --replicas describe a fleet; so does FLEET. Give one of both."
-        )
+    elif model or replicas:
+        raise click.UsageError("--model and --replicas describe a fleet; so does FLEET. Give one of both.")
     else:
-        planned = plan.from_file(fleet)
+        planned = plan.from_file(fleet, None if engine == "auto" else engine)
     planned = planned.on_ports(port, admin_port).for_tenants(
         _tenants(api_keys, api_keys_file), _hash(admin_key)
     )

@@ -63,9 +63,15 @@ class Plan:
             demo_model.ensure()
 
 
-def from_file(path: Path) -> Plan:
-    """A Serve config file. Raises ConfigError that names the file and the key."""
+def from_file(path: Path, engine: str | None = None) -> Plan:
+    """A Serve config file, on another kind of engine if one is given. Raises ConfigError that names the file
+    and the key."""
     document = load(path)
+    if engine is not None:
+        application = application_of(document)
+        on_engine = [{**model, "engine": engine} for model in application["args"]["models"]]
+        args = {**application["args"], "models": on_engine}
+        document = {**document, "applications": [{**application, "args": args}]}
     models = parse(application_of(document)["args"]).models
     engines = ", ".join(f"{_number(m.replicas)} x {m.engine} with {m.name}" for m in models)
     return Plan(document, f"{engines}, as {path} says")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from support import ROOT
 
 from router import plan
 from router.errors import ConfigError
@@ -77,3 +78,11 @@ def test_a_file_with_an_unknown_key_is_refused_by_file_and_key(tmp_path: Path) -
     path.write_text(yaml.safe_dump(plan.document({"models": [model]})))
     with pytest.raises(ConfigError, match=r"fleet\.yaml: models\.0\.replica"):
         plan.from_file(path)
+
+
+def test_a_file_may_run_on_another_kind_of_engine():
+    path = ROOT / "deploy" / "single-machine.yaml"
+    assert [m.engine for m in plan.from_file(path).fleet.models] == ["vllm"]
+    planned = plan.from_file(path, "simulated")
+    assert [m.engine for m in planned.fleet.models] == ["simulated"]
+    assert "simulated" in planned.engine
