@@ -97,15 +97,18 @@ class Autoscaler:
         self._tpot_s = tpot_s
         self._meter = Meter(now)
         self._began = self._busy_at = now
+        self._gone_at = -inf  # when there last was no replica and nobody who asked for one
         self._needs: deque[tuple[float, int]] = deque()
 
     def decide(self, now: float, works: Mapping[str, Work], supply: Supply) -> Decision:
         """To be asked every second or so, with the work of every router by its name."""
         self._meter.observe(now, works)
         per_token_s = supply.ability.steps.prefill_s(1)
-        demand = self._foreseen(supply, per_token_s)
-        if not self._meter.demand(FAST_S).idle:
+        demand = self._foreseen(now, supply, per_token_s)
+        if not demand.idle:
             self._busy_at = now
+        elif not supply.target:
+            self._gone_at = now
         needed, why = self._needed(demand, supply)
         settled = self._settled(now, needed, demand, supply)
         target, reason = self._chosen(now, needed, why, settled, supply)
@@ -113,25 +116,27 @@ class Autoscaler:
 
     # -- what is asked
 
-    def _foreseen(self, supply: Supply, per_token_s: float) -> Demand:
-        """What will be asked when a replica that is asked for now has started."""
-        slow = self._meter.demand(SLOW_S, s_per_token=per_token_s)
+    def _foreseen(self, now: float, supply: Supply, per_token_s: float) -> Demand:
+        """What will be asked when a replica that is asked for now has started. What came before all were gone
+        says nothing of it."""
+        slow_s = min(SLOW_S, max(FAST_S, now - self._gone_at))
+        slow = self._meter.demand(slow_s, s_per_token=per_token_s)
         fast = self._meter.demand(FAST_S, s_per_token=per_token_s)
         if fast.idle:
             return fast
         expected = slow.requests * FAST_S
         if fast.requests * FAST_S > expected + SURGE * sqrt(expected) + 1:
             return _times(fast, min(1.0, self._bounds.busy / SURGE_BUSY))
-        return _times(slow, 1 + self._growth(slow, per_token_s) * min(MOST_AHEAD_S, supply.startup_s))
+        growth = self._growth(slow, per_token_s) if slow_s == SLOW_S else 0.0
+        # An average is what was half its time ago.
+        return _times(slow, 1 + growth * (SLOW_S / 2 + min(MOST_AHEAD_S, supply.startup_s)))
 
     def _growth(self, slow: Demand, per_token_s: float) -> float:
-        """By what share of itself demand grows each second; no less than nothing."""
-        if self._meter.remembers_s() < 2 * SLOW_S:
+        """How much of what comes now was added each second; no less than nothing."""
+        if self._meter.remembers_s() < 2 * SLOW_S or not slow.prefill_s:
             return 0.0
         before = self._meter.demand(SLOW_S, before_s=SLOW_S, s_per_token=per_token_s)
-        if not before.prefill_s:
-            return 0.0
-        return max(0.0, slow.prefill_s / before.prefill_s - 1) / SLOW_S
+        return max(0.0, 1 - before.prefill_s / slow.prefill_s) / SLOW_S
 
     # -- what that takes
 

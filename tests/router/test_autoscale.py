@@ -120,6 +120,19 @@ def test_to_nothing_when_nobody_asks_and_back_with_the_first_request():
     assert fleet.goes_on(1, waiting=1).target == 1
 
 
+def test_the_first_request_after_nothing_is_one_request_whatever_came_before():
+    within = Within(min=0, settle_s=5, idle_s=5)
+    fleet = Fleet(within, 4).goes_on(300, **BUSY).goes_on(40)
+    assert fleet.target == 0
+    assert fleet.goes_on(1, rate=1, tokens=700).goes_on(30).last.target <= 1
+    assert fleet.goes_on(20).goes_on(30, **BUSY).target == 4  # and of many it is as many as ever
+
+
+def test_growth_out_of_nearly_nothing_is_no_more_than_what_came_lately():
+    fleet = Fleet(Within(max=100), 1).goes_on(300, rate=1, tokens=10).goes_on(100, rate=10, tokens=7_000)
+    assert max(decision.target for decision in fleet.decisions) <= 1.7 * 4  # (half a window + a start) of growth
+
+
 def test_with_routers_missing_it_grows_but_does_not_shrink():
     fleet = Fleet(Within(min=0), 4).goes_on(200, **BUSY)
     fleet.whole = False
