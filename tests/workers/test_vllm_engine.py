@@ -92,8 +92,9 @@ def engine(platform: str, cpu_build: bool, tmp_path: Path, **changes: Any) -> Vl
 
 def test_the_command_on_a_cpu(tmp_path):
     command = engine("cpu", True, tmp_path, engine_args={"block-size": 64}).command(AT)
-    module = "vllm.entrypoints.launchers.api_server.entry"
-    assert command.argv[:5] == [str(tmp_path / "bin/python"), "-m", module, "--model", "/models/demo"]
+    assert command.argv[:2] == [str(tmp_path / "bin/python"), "-P"]
+    assert Path(command.argv[2]).is_file()
+    assert command.argv[3:5] == ["--model", "/models/demo"]
     assert given(command.argv, "--block-size") == "64"
     assert given(command.argv, "--dtype") == "float32"
     assert "--enforce-eager" in command.argv
@@ -405,11 +406,18 @@ class TestRealVllm:
         assert live.process.kv_events.startswith("tcp://127.0.0.1:")
         assert live.process.kv_replay.startswith("tcp://127.0.0.1:")
 
+    def test_vllm_is_imported_once_and_the_port_is_the_servers_alone(self, live):
+        group = [pid for pid in processes() if session(pid) == live.process.pid]
+        (core,) = (pid for pid in group if Path(f"/proc/{pid}/comm").read_text().startswith("VLLM::Engine"))
+        assert shared_dirty_kib(core) > 100_000  # of a process that was spawned next to nothing
+        assert tcp_sockets(parent(core))
+        assert not tcp_sockets(core) & tcp_sockets(parent(core))
+
     def test_kill_9_of_the_supervisor_ends_all_of_it(self, live):
         """Ray does this to its direct children when an actor ends."""
         engine = live.process.pid
         group = [pid for pid in processes() if session(pid) == engine]
-        assert len(group) >= 3  # the API server, the engine core, Python's resource tracker
+        assert len(group) >= 2  # the API server, the engine core
         inner = parent(engine)
         os.kill(parent(inner), signal.SIGKILL)
         began = time.monotonic()
@@ -457,3 +465,15 @@ def parent(pid: int) -> int:
 
 def session(pid: int) -> int:
     return int(stat(pid)[3])
+
+
+def shared_dirty_kib(pid: int) -> int:
+    """How much it has in memory of what the process that forked it wrote there."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("Shared_Dirty:"))
+
+
+def tcp_sockets(pid: int) -> set[str]:
+    """The inodes of its TCP sockets."""
+    known = {f"socket:[{line.split()[9]}]" for line in Path("/proc/net/tcp").read_text().splitlines()[1:]}
+    return known & {os.readlink(fd) for fd in Path(f"/proc/{pid}/fd").iterdir()}
