@@ -38,7 +38,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     model = {"name": MODEL, "engine": "simulated", "source": "demo", "replicas": 2}
     scaled = {
         "name": SCALED,
-        "replicas": {"min": 0, "max": 3, "settle_s": 4, "idle_s": 4, "startup_s": 4},
+        "replicas": {"min": 0, "max": 3, "settle_s": 4, "idle_s": 20, "startup_s": 4},
         "engine_args": {"step-time": "0.01,5e-4,1e-4,0"},
     }
     models = [{**model, "engine_args": {"step-time": "0.025,0,0,0"}}, {**model, **scaled}]
@@ -136,8 +136,9 @@ def test_no_stream_fails_when_replicas_come_and_go(fleet: Fleet, replicas: int, 
 
 def test_back_to_no_replica_when_nobody_asks(fleet: Fleet) -> None:
     eventually(lambda: ready(fleet, SCALED) == set(), SETTLED_S)
-    changes = scaling(fleet)["changes"]
-    assert [changes[0]["target"], changes[-1]["before"]] == [0, 0]
+    changes = scaling(fleet)["changes"][::-1]
+    targets = [changes[0]["before"], *(change["target"] for change in changes)]
+    assert targets[:2] == [0, 1] and 3 in targets and targets[-2:] == [1, 0]
     assert all(change["reason"] for change in changes)
     assert httpx.get(f"{fleet.url}/ready", trust_env=False).status_code == 200
 
