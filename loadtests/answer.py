@@ -77,17 +77,23 @@ class Answer:
 
     def read(self, events: Iterator[bytes]) -> None:
         """Reads a stream to its end; BrokenStream if that is not `[DONE]`, or if an event tells an error."""
-        done = False
+        done = answered = False
         for data in events:
             done = done or data == b"[DONE]"
             if not done:
-                self._take(decode(data))
+                chunk = decode(data)
+                answered = answered or bool(chunk.choices)
+                self._take(chunk)
         if not done:
             raise BrokenStream("the stream ended without [DONE]")
+        if not answered:
+            raise BrokenStream("the stream held no answer")
 
     def read_whole(self, body: bytes) -> None:
         """Reads an answer that came in one piece, of which no token has a time."""
         reply = decode(body)
+        if reply.error is not None or not reply.choices:
+            raise BrokenStream(f"no answer: {body[:200]!r}")
         self.usage = reply.usage or self.usage
         self.parts += [choice.message.content or "" for choice in reply.choices]
 

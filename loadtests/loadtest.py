@@ -96,7 +96,8 @@ def _good_enough(scenario: type[Scenario]) -> Iterator[click.Option]:
     text = "Share of requests that may fail, 0 to 1."
     yield _option("--max-failures", text, type=click.FloatRange(0, 1), default=slo.failures)
     report = Path(f"herd-loadtest-{scenario.name}.html")
-    yield _option("--html", "Where the report goes.", type=click.Path(path_type=Path), default=report)
+    file = click.Path(dir_okay=False, path_type=Path)
+    yield _option("--html", "Where the report goes.", type=file, default=report)
     yield _option("--json as_json", "For programs.", is_flag=True)
 
 

@@ -67,6 +67,8 @@ class Sampling(msgspec.Struct):
     prompt_logprobs: int | None = None
     repetition_detection: dict[str, Any] | None = None
     thinking_token_budget: Any = None
+    bad_words: list[str] | None = None
+    logprobs: Any = None
     include_reasoning: bool | None = None
 
     @property
@@ -83,6 +85,7 @@ class Sampling(msgspec.Struct):
             "its penalties count the output only": bool(self.frequency_penalty or self.presence_penalty),
             "its grammar would begin anew": self._obeys_a_grammar,
             "its repetitions are counted in the output only": self.repetition_detection is not None,
+            "its forbidden words are looked for in the output only": bool(self.bad_words),
             "its prompt's logprobs would come again": self.prompt_logprobs is not None,
             "its reasoning is bounded or hidden": self.thinking_token_budget is not None
             or self.include_reasoning is False,
@@ -140,6 +143,9 @@ class Continuation:
         found = seam(told.ids, told.text, self._decode(call, prompt, sampling), sampling.stops, last)
         if found.again and sampling.temperature != 0:
             raise NotContinuable("what it would say again is drawn by chance")
+        told_each = call.wants_ids or sampling.logprobs not in (None, False)
+        if found.kept < len(told.ids) and sampling.temperature != 0 and told_each:
+            raise NotContinuable("the client was told of tokens that would be drawn anew")
         prompt = _longer(prompt, told.ids[: found.kept])
         rest = Spliced(told, found, call.wants_ids, call.wants_usage)
         return Leg(_rest(call, sampling, found.kept), Reading(prompt, sendable=True, exact=True), rest)

@@ -155,7 +155,8 @@ class Lines:
             queue.moved()
 
     def _open(self, model: str) -> Queue:
-        slo, metrics = self._slos.get(model, self._slos.get(ANY)), self._metrics.of(model)
+        slo = self._slos.get(model) or self._slos.get(self._fleet.base(model)) or self._slos.get(ANY)
+        metrics = self._metrics.of(model)
         queue = self._queues[model] = Queue(
             model, self._config, slo, self._weights, self._fleet, metrics, self._peers
         )

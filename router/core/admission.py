@@ -260,6 +260,8 @@ class Line(Generic[T]):
         ticket.number = next(self._numbers)
         self._asked[ticket.priority] = now
         self._came(ticket)
+        if ticket.cost > self._bounds.max_waiting_tokens:
+            return [ticket]  # it would never fit, whoever made room
         self._add(ticket, late=now > ticket.due and not ticket.cold)
         refused: list[T] = []
         while len(self) > self._bounds.max_waiting or self.tokens > self._bounds.max_waiting_tokens:

@@ -356,6 +356,14 @@ def test_who_is_refused_when_the_line_is_full(entering, refused):
     assert len(world.line) == 2
 
 
+def test_a_prompt_that_would_never_fit_pushes_nobody_out():
+    world = World(max_waiting_tokens=100)
+    waiting = [world.enter(tokens=10, priority=10) for _ in range(9)]
+    large = world.ticket(tokens=101, priority=0)
+    assert world.line.enter(large, world.now) == [large]
+    assert all(ticket in world.line for ticket in waiting)
+
+
 def test_tokens_bound_the_line_too():
     world = World(max_waiting_tokens=100)
     small = [world.enter(tokens=20, tenant="a") for _ in range(5)]

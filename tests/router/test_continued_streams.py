@@ -183,10 +183,11 @@ async def test_one_that_fails_the_rest_is_no_end(engines: list[Server]) -> None:
         {"seed": 1, "temperature": 1},
         {"frequency_penalty": 0.5},
         {"presence_penalty": 0.5},
+        {"bad_words": ["sheep dog"]},
         {"n": 2},
         {"response_format": {"type": "json_object"}},
     ],
-    ids=["seed", "frequency", "presence", "choices", "grammar"],
+    ids=["seed", "frequency", "presence", "words", "choices", "grammar"],
 )
 async def test_what_cannot_go_on_ends_honestly(engines: list[Server], members: dict[str, Any]) -> None:
     async with fleet_of(engines) as front:

@@ -26,7 +26,7 @@ from router_wire import (
 )
 from support import Start, get, router, simulated_engine
 
-from router.core.fleet import Fleet
+from router.core.fleet import Fleet, Replica
 from router.line import AdmissionConfig
 from router.relay import Relay
 from router.slo import Slo
@@ -174,6 +174,21 @@ async def test_nobody_waits_longer_than_it_makes_sense(bounds, slo, headers, rea
         status, told, _ = await said(counter.port, ask(*headers))
         assert (status, int(told["retry-after"]) >= 1) == (429, True)
         assert counter.metric("requests_refused_total", reason=reason) == 1
+
+
+async def test_an_adapter_keeps_its_models_promise():
+    opened = asyncio.Semaphore(0)
+    async with (
+        engine(Gate(opened)) as (it, url),
+        relaying(url, admission=one_at_a_time(), slos={"m": Slo(ttft_s=0.05)}) as (relay, fleet, port),
+        contextlib.AsyncExitStack() as clients,
+    ):
+        fleet.left("r0")
+        fleet.joined(Replica("r1", url, ("m", "sql"), adapters=frozenset({"sql"})), now=0.0)
+        desk = Desk(relay, fleet, port, it, opened)
+        await desk.asks(clients, model="sql")
+        status, _, body = await said(port, ask(model="sql"))
+        assert (status, msgspec.json.decode(body)["error"]["code"]) == (429, "overloaded")
 
 
 async def test_who_waits_while_the_last_replica_goes_is_told_that_there_is_none():

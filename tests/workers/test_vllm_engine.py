@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
@@ -412,6 +413,13 @@ class TestRealVllm:
         assert shared_dirty_kib(core) > 100_000  # of a process that was spawned next to nothing
         assert tcp_sockets(parent(core))
         assert not tcp_sockets(core) & tcp_sockets(parent(core))
+
+    def test_a_worker_that_is_spawned_imports_the_server_and_starts_none(self):
+        """As multiprocessing does in the processes of further ranks."""
+        imported = f"import runpy; runpy.run_path({str(vllm_engine.SERVER_ON_CPU)!r}, run_name='__mp_main__')"
+        python = find().executable.with_name("python")
+        ended = subprocess.run([python, "-P", "-c", imported], timeout=START_S, stdin=subprocess.DEVNULL)
+        assert ended.returncode == 0
 
     def test_kill_9_of_the_supervisor_ends_all_of_it(self, live):
         """Ray does this to its direct children when an actor ends."""
