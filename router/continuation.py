@@ -77,6 +77,11 @@ class Sampling(msgspec.Struct):
         return Stops(strings, bool(self.include_stop_str_in_output))
 
     @property
+    def tells_each(self) -> bool:
+        """Whether the client gets logprobs; 0 alternatives are still the token's own."""
+        return self.logprobs is not None and self.logprobs is not False
+
+    @property
     def obstacle(self) -> str:
         """Why no stream of such a request goes on elsewhere; empty if it does."""
         obstacles = {
@@ -143,8 +148,8 @@ class Continuation:
         found = seam(told.ids, told.text, self._decode(call, prompt, sampling), sampling.stops, last)
         if found.again and sampling.temperature != 0:
             raise NotContinuable("what it would say again is drawn by chance")
-        told_each = call.wants_ids or sampling.logprobs not in (None, False)
-        if found.kept < len(told.ids) and sampling.temperature != 0 and told_each:
+        drawn_anew = found.kept < len(told.ids) and sampling.temperature != 0
+        if drawn_anew and (call.wants_ids or sampling.tells_each):
             raise NotContinuable("the client was told of tokens that would be drawn anew")
         prompt = _longer(prompt, told.ids[: found.kept])
         rest = Spliced(told, found, call.wants_ids, call.wants_usage)
