@@ -1,9 +1,13 @@
 """The generator notices every reply that is not what the engines sent."""
 
+import asyncio
+import contextlib
+import time
+
 import pytest
 
 from loadtests import mock_engine
-from loadtests.generator import BrokenReply, check
+from loadtests.generator import BrokenReply, Sample, check, request, run, same
 
 HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 EVENTS = mock_engine.events(4, ids=False, usage=False)
@@ -49,3 +53,24 @@ def test_a_whole_reply_is_compared_by_its_text() -> None:
         check(head + mock_engine.completion(), mock_engine.text(2), stream=False)
     with pytest.raises(BrokenReply):
         check(head + b'{"error":{}}', mock_engine.text(1), stream=False)
+
+
+def test_a_window_in_which_nothing_ran_goes_on() -> None:
+    """Replies take 20 ms here; a busy machine makes them take longer than a whole window."""
+    sample = asyncio.run(against_a_slow_engine(window_s=0.001))
+    assert sample.requests >= 2 and not sample.broken and sample.seconds > 0.02
+
+
+async def against_a_slow_engine(window_s: float) -> Sample:
+    reply = mock_engine.completion()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.closing(writer):
+            while await reader.read(4096):
+                await asyncio.sleep(0.02)
+                writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(reply), reply))
+
+    async with await asyncio.start_server(serve, "127.0.0.1") as server:
+        port = server.sockets[0].getsockname()[1]
+        load = same(request(port, mock_engine.MODEL, stream=False), mock_engine.text(1), 1, 0, stream=False)
+        return await run(load, [port], window_s, time.process_time)
