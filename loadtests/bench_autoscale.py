@@ -42,8 +42,8 @@ STATIC = 16
 
 # Replicas come or go at a time in the midst of a load of so much of what those that stay sustain, and what
 # comes in each minute after that is looked at. Windows are short and prompts differ, so hits are counted
-# over all seeds.
-CHANGE_S, MINUTE_S, MINUTES, LOAD = 400.0, 60.0, 3, 0.75
+# over TIMES as many seeds, all of them together.
+CHANGE_S, MINUTE_S, MINUTES, LOAD, TIMES = 400.0, 60.0, 3, 0.75, 3
 WARM_S, HANDOVER_S = (0.0, 10.0, 30.0), (0.0, 3.0, 10.0)
 NEWCOMERS, LEAVING = (6, 8), (8, 4)  # how many there are, and then
 
@@ -227,10 +227,10 @@ def midst(whole: Course, seed: int, replicas: int) -> list[Arrival]:
     return [arrival for arrival in moved if arrival.at < CHANGE_S + MINUTES * MINUTE_S + max(WARM_S)]
 
 
-def changed(whole: Course, seed: int, sizes: tuple[int, int], changes: Changes) -> Elastic:
-    """A fleet that becomes another at CHANGE_S."""
+def changed(whole: Course, seed: int, sizes: tuple[int, int], changes: Changes, load: int) -> Elastic:
+    """A fleet that becomes another at CHANGE_S. `load`: for so many replicas."""
     first, then = sizes
-    arrivals = midst(whole, seed, min(sizes))
+    arrivals = midst(whole, seed, load)
 
     def scaler(now: float, works: object, supply: object) -> int:
         return first if now < CHANGE_S else then
@@ -251,7 +251,7 @@ def warm_row(whole: Course, seeds: Iterable[int], warm_s: float) -> list[str]:
     new: list[Outcome] = []
     others: list[Outcome] = []
     for seed in seeds:
-        twin = changed(whole, seed, NEWCOMERS, Changes(startup_s=0.0, warm_s=warm_s))
+        twin = changed(whole, seed, NEWCOMERS, Changes(startup_s=0.0, warm_s=warm_s), NEWCOMERS[0])
         fresh = {id: life.ready_at for id, life in twin.lives.items() if life.ready_at}
         ready = max(fresh.values())
         minute = [o for at, o in twin.placed if ready <= at < ready + MINUTE_S]
@@ -266,7 +266,7 @@ def warm_row(whole: Course, seeds: Iterable[int], warm_s: float) -> list[str]:
 def leave_row(whole: Course, seeds: Sequence[int], sizes: tuple[int, int], budget_s: float) -> list[str]:
     """The fleet's hit rate in the two minutes before, and in each minute after; attainment; how many were
     refused, and lost."""
-    twins = [changed(whole, seed, sizes, Changes(handover_s=budget_s)) for seed in seeds]
+    twins = [changed(whole, seed, sizes, Changes(handover_s=budget_s), LEAVING[1]) for seed in seeds]
     came = [outcome for twin in twins for outcome in twin.run.outcomes]
     ends = [CHANGE_S - 2 * MINUTE_S, *(CHANGE_S + MINUTE_S * n for n in range(MINUTES + 1))]
     parts = [[o for o in came if begins <= o.arrival.at < until] for begins, until in pairwise(ends)]
@@ -284,13 +284,14 @@ def warm_report(seeds: Sequence[int]) -> str:
 
 
 def leave_report(seeds: Sequence[int], caches: int = 1) -> str:
-    """By how much is handed over; and a fleet that has always been as small. `caches`: times their size."""
+    """By how much is handed over; and fleets that have always been as small and as large, since hits differ
+    from minute to minute. `caches`: times their size."""
     whole = course("conversation")
     engine = whole.setting.engine
     larger = replace(engine, num_gpu_blocks=caches * engine.num_gpu_blocks)
     whole = replace(whole, setting=replace(whole.setting, engine=larger))
     cases = [(f"handed over: {s:g} s each", LEAVING, s) for s in HANDOVER_S]
-    cases.append((f"always {LEAVING[1]}", (LEAVING[1], LEAVING[1]), 0.0))
+    cases += [(f"always {size}", (size, size), 0.0) for size in reversed(LEAVING)]
     minutes = [f"minute {n}" for n in range(1, MINUTES + 1)]
     head = ["", "hit rate before", *minutes, "within SLO", "refused", "lost"]
     return table(head, [[name, *leave_row(whole, seeds, sizes, budget_s)] for name, sizes, budget_s in cases])
@@ -298,9 +299,9 @@ def leave_report(seeds: Sequence[int], caches: int = 1) -> str:
 
 PARTS: Mapping[str, Callable[[Sequence[int]], str]] = {
     "scalers": lambda seeds: report(compare(seeds, RAYS, lambda line: click.echo(line, err=True))),
-    "warm": warm_report,
-    "leave": leave_report,
-    "leave, caches of 5 times the size": lambda seeds: leave_report(seeds, caches=5),
+    "warm": lambda seeds: warm_report(range(TIMES * len(seeds))),
+    "leave": lambda seeds: leave_report(range(TIMES * len(seeds))),
+    "leave, caches of 5 times the size": lambda seeds: leave_report(range(TIMES * len(seeds)), caches=5),
 }
 
 

@@ -77,5 +77,5 @@ def test_who_comes_and_goes_is_told_of(monkeypatch):
 def test_the_newest_go_at_the_time(monkeypatch):
     monkeypatch.setattr(bench, "CHANGE_S", 20.0)
     monkeypatch.setattr(bench, "MINUTE_S", 5.0)
-    twin = bench.changed(course("conversation"), 0, (4, 2), Changes())
+    twin = bench.changed(course("conversation"), 0, (4, 2), Changes(), load=2)
     assert [life.left_at for life in twin.lives.values()] == [None, None, 20.0, 20.0]
