@@ -148,6 +148,8 @@ def users_of(scenario: type[Scenario], users: int | None, given: dict[str, Any])
         raise click.UsageError(str(error)) from None
     kind = given["arrivals"] or scenario.load.arrivals
     rate = given["rate"] or scenario.load.rate
+    if given["trace"] and arrivals.TRACE not in (kind, scenario.load.arrivals):
+        raise click.UsageError("--trace needs --arrivals trace.")
     if users is not None:
         if given["rate"] or given["arrivals"]:
             raise click.UsageError("--users makes a closed loop, --rate an open one. Give one of both.")

@@ -149,6 +149,7 @@ def test_tenants_ask_with_their_keys(start, engine, tmp_path):
         (["nothing"], "No such command 'nothing'"),
         (["chat", "--arrivals", "poisson"], "--arrivals poisson needs --rate"),
         (["chat", "--arrivals", "trace"], "--arrivals trace needs --trace FILE"),
+        (["chat", "--trace", __file__], "--trace needs --arrivals trace"),
         (["chat", "--rate", "3", "--users", "2"], "Give one of both"),
         (["chat", "--turns", "0"], "turns must be at least 1"),
         (["flash_crowd", "--users", "2"], "No such option '--users'"),
