@@ -28,9 +28,9 @@ from router.core.placement import Placement
 # So many of those who wait are looked at: the first may want a replica that is full while the next do not.
 LOOK_AHEAD = 8
 # Where a request may go, streams get their tokens within their SLO even if what prefills make them wait is
-# counted so many times, since that varies. PRESSED is for one that has no time left. More sustains more and
-# gets less done in an overload: docs/placement.md has figures of both.
-CALM, PRESSED = 3.0, 1.6
+# counted so many times, since that varies. PRESSED is for one that has no time left. In the twin, where time
+# to first token is to spare and time per token is not, a fleet sustains 5 % more so.
+CALM, PRESSED = 2.6, 1.4
 # So many times more where a better class asked within so long (seconds): its streams are there or come next,
 # and are to meet less prefill. In the twin's overload premium requests fare so as before it; with 2 some do
 # not, with 3 the others get a fifth less done.

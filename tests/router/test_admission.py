@@ -176,8 +176,8 @@ def busy_world(tpot_s):
     ("tpot_s", "goes"),
     [
         (inf, True),  # nobody said how often a token is due
-        (0.08, True),
-        (0.06, False),
+        (0.06, True),
+        (0.05, False),
         (0.006, True),  # to an engine that is too slow for one stream alone nobody would ever go
     ],
 )
@@ -195,7 +195,7 @@ def test_one_stream_with_so_long_a_context_that_it_is_too_slow_alone_keeps_nobod
 
 
 def test_who_cannot_wait_any_longer_is_let_in_sooner():
-    world = busy_world(0.045)
+    world = busy_world(0.035)
     world.enter(due=10.0)
     assert world.go() == []
     world.now = 9.9
@@ -204,7 +204,7 @@ def test_who_cannot_wait_any_longer_is_let_in_sooner():
 
 
 def test_who_is_late_anyhow_spares_them_too():
-    world = busy_world(0.045)
+    world = busy_world(0.035)
     world.enter(due=10.0)
     world.now = 10.1
     assert world.line.expired(world.now) == []
@@ -220,7 +220,7 @@ def test_who_is_late_anyhow_spares_them_too():
     ],
 )
 def test_some_room_is_left_to_a_better_class_that_asks(better, asked, goes):
-    world = busy_world(0.08)
+    world = busy_world(0.06)
     premium = world.ticket(priority=better)
     assert world.line.passes(premium, premium.look(0.0)[1], world.now)
     world.now = asked
