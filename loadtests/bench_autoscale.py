@@ -42,8 +42,8 @@ STATIC = 16
 
 # Replicas come or go at a time in the midst of a load of so much of what those that stay sustain, and what
 # comes in each minute after that is looked at. Windows are short and prompts differ, so hits are counted
-# over TIMES as many seeds, all of them together.
-CHANGE_S, MINUTE_S, MINUTES, LOAD, TIMES = 400.0, 60.0, 3, 0.75, 3
+# together, over so many places of the trace for each seed.
+CHANGE_S, MINUTE_S, MINUTES, LOAD, PLACES = 400.0, 60.0, 3, 0.75, 3
 WARM_S, HANDOVER_S = (0.0, 10.0, 30.0), (0.0, 3.0, 10.0)
 NEWCOMERS, LEAVING = (6, 8), (8, 4)  # how many there are, and then
 
@@ -297,11 +297,12 @@ def leave_report(seeds: Sequence[int], caches: int = 1) -> str:
     return table(head, [[name, *leave_row(whole, seeds, sizes, budget_s)] for name, sizes, budget_s in cases])
 
 
-PARTS: Mapping[str, Callable[[Sequence[int]], str]] = {
-    "scalers": lambda seeds: report(compare(seeds, RAYS, lambda line: click.echo(line, err=True))),
-    "warm": lambda seeds: warm_report(range(TIMES * len(seeds))),
-    "leave": lambda seeds: leave_report(range(TIMES * len(seeds))),
-    "leave, caches of 5 times the size": lambda seeds: leave_report(range(TIMES * len(seeds)), caches=5),
+# By how many seeds.
+PARTS: Mapping[str, Callable[[int], str]] = {
+    "scalers": lambda seeds: report(compare(range(seeds), RAYS, lambda line: click.echo(line, err=True))),
+    "warm": lambda seeds: warm_report(range(PLACES * seeds)),
+    "leave": lambda seeds: leave_report(range(PLACES * seeds)),
+    "leave, caches of 5 times the size": lambda seeds: leave_report(range(PLACES * seeds), caches=5),
 }
 
 
@@ -312,7 +313,7 @@ def main(seeds: int, only: str | None) -> None:
     """A fleet that grows and shrinks, in the twin: some minutes for each seed."""
     for name, part in PARTS.items():
         if name.startswith(only or ""):
-            click.echo(f"### {name}\n\n{part(range(seeds))}\n")
+            click.echo(f"### {name}\n\n{part(seeds)}\n")
 
 
 if __name__ == "__main__":
